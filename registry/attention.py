@@ -1,0 +1,159 @@
+"""[model.attention], [model.attention.local]: how a token sees the ones before it."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import attrs
+
+from nmoe.registry.component import Component, Parameter, Problem, divisible, key, section
+
+
+@attrs.frozen(kw_only=True)
+class LocalWindow(Component):
+    """Sliding-window layers with the kind and sizes of the global ones."""
+
+    has_own_sizes: ClassVar[bool] = False
+
+    window: int = key("tokens that a local layer attends to, itself included", minimum=1, unit="tokens")
+    global_every: int = key(
+        "a layer is global if (index + 1) is a multiple of this, or it is the last", minimum=2
+    )
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        yield from window_problems(self, config, path)
+
+
+def window_problems(local, config, path: str) -> Iterator[Problem]:
+    if local.window >= config.batch.sequence_length:
+        yield Problem(
+            path=f"{path}.window",
+            message=f"window of {local.window} tokens covers the whole sequence of {config.batch.sequence_length}",
+            help="make it smaller, or remove [model.attention.local]",
+        )
+    if config.model.num_layers == 1:
+        yield Problem(
+            path=path,
+            message="a model of one layer has no local layer: the last layer is always global",
+            help="remove [model.attention.local]",
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Attention(Component):
+    """What every kind has."""
+
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    num_heads: int = key("query heads", minimum=1, maximum=4096)
+    rope_theta: float = key("base of the rotary embedding", default=10000.0, above=1.0)
+    local: LocalWindow | None = section("sliding-window layers between the global ones", optional=True)
+
+
+@attrs.frozen(kw_only=True)
+class Mla(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+
+    q_lora_rank: int | None = key("rank of the query's compression; absent: queries come straight from x", default=None, minimum=1)
+    kv_lora_rank: int = key("rank of the joint key and value compression", minimum=1)
+    qk_nope_head_dim: int = key("width of a head's query and key without position", minimum=1)
+    qk_rope_head_dim: int = key("width of a head's rotary query, and of the one rotary key", minimum=2)
+    v_head_dim: int = key("width of a head's value", minimum=1)
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        yield from divisible(f"{path}.qk_rope_head_dim", self.qk_rope_head_dim, "qk_rope_head_dim", 2, "the rotary pair")
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def score_width(self) -> int:
+        """Multiply-adds of one query-key pair: all heads' scores and values."""
+        return self.num_heads * (self.qk_head_dim + self.v_head_dim)
+
+    def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
+        heads = self.num_heads
+        if self.q_lora_rank is None:
+            yield Parameter(name=f"{prefix}.q_proj.weight", shape=(heads * self.qk_head_dim, hidden_size), role="matrix")
+        else:
+            yield Parameter(name=f"{prefix}.q_a_proj.weight", shape=(self.q_lora_rank, hidden_size), role="matrix")
+            yield Parameter(name=f"{prefix}.q_a_norm.weight_D", shape=(self.q_lora_rank,), role="norm", init="ones")
+            yield Parameter(name=f"{prefix}.q_b_proj.weight", shape=(heads * self.qk_head_dim, self.q_lora_rank), role="matrix")
+        kv_a = self.kv_lora_rank + self.qk_rope_head_dim
+        yield Parameter(name=f"{prefix}.kv_a_proj.weight", shape=(kv_a, hidden_size), role="matrix")
+        yield Parameter(name=f"{prefix}.kv_a_norm.weight_D", shape=(self.kv_lora_rank,), role="norm", init="ones")
+        kv_b = heads * (self.qk_nope_head_dim + self.v_head_dim)
+        yield Parameter(name=f"{prefix}.kv_b_proj.weight", shape=(kv_b, self.kv_lora_rank), role="matrix")
+        yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, heads * self.v_head_dim), role="matrix", init="residual")
+
+    def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
+        from nmoe.model import mla
+
+        return mla.Mla(
+            hidden_size=hidden_size, num_heads=self.num_heads, q_lora_rank=self.q_lora_rank,
+            kv_lora_rank=self.kv_lora_rank, qk_nope_head_dim=self.qk_nope_head_dim,
+            qk_rope_head_dim=self.qk_rope_head_dim, v_head_dim=self.v_head_dim,
+            rope_theta=self.rope_theta, norm_eps=norm_eps, window=window,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class Gqa(Attention):
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245); num_kv_heads = num_heads is full attention."""
+
+    num_kv_heads: int = key("key and value heads, each shared by num_heads / num_kv_heads query heads", minimum=1)
+    head_dim: int = key("width of a head", minimum=2)
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        yield from divisible(f"{path}.head_dim", self.head_dim, "head_dim", 2, "the rotary pair")
+        yield from divisible(f"{path}.num_heads", self.num_heads, "num_heads", self.num_kv_heads, "num_kv_heads")
+
+    @property
+    def score_width(self) -> int:
+        """Multiply-adds of one query-key pair: all heads' scores and values."""
+        return self.num_heads * 2 * self.head_dim
+
+    def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        yield Parameter(name=f"{prefix}.q_proj.weight", shape=(q, hidden_size), role="matrix")
+        yield Parameter(name=f"{prefix}.k_proj.weight", shape=(kv, hidden_size), role="matrix")
+        yield Parameter(name=f"{prefix}.v_proj.weight", shape=(kv, hidden_size), role="matrix")
+        yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, q), role="matrix", init="residual")
+
+    def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
+        from nmoe.model import gqa
+
+        return gqa.Gqa(
+            hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim, rope_theta=self.rope_theta, window=window,
+        )
+
+
+@attrs.frozen(kw_only=True)
+class LocalMla(Mla):
+    """Sliding-window layers with sizes of their own, as MLA."""
+
+    has_own_sizes: ClassVar[bool] = True
+
+    window: int = key("tokens that a local layer attends to, itself included", minimum=1, unit="tokens")
+    global_every: int = key("a layer is global if (index + 1) is a multiple of this, or it is the last", minimum=2)
+    local: None = attrs.field(default=None, init=False, metadata={"hidden": True})
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        yield from super().check(config, path)
+        yield from window_problems(self, config, path)
+
+
+@attrs.frozen(kw_only=True)
+class LocalGqa(Gqa):
+    """Sliding-window layers with sizes of their own, as GQA."""
+
+    has_own_sizes: ClassVar[bool] = True
+
+    window: int = key("tokens that a local layer attends to, itself included", minimum=1, unit="tokens")
+    global_every: int = key("a layer is global if (index + 1) is a multiple of this, or it is the last", minimum=2)
+    local: None = attrs.field(default=None, init=False, metadata={"hidden": True})
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        yield from super().check(config, path)
+        yield from window_problems(self, config, path)

@@ -1,0 +1,50 @@
+"""[model.moe.router]: scores, selection and weights."""
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import attrs
+
+from nmoe.registry.component import Component, Parameter, Problem, key
+
+
+@attrs.frozen(kw_only=True)
+class Router(Component):
+    """What every kind has."""
+
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+
+    num_experts: int = key("routed experts of a layer", minimum=1, maximum=65536)
+    top_k: int = key("experts that a token uses", minimum=1)
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        if self.top_k > self.num_experts:
+            yield Problem(
+                path=f"{path}.top_k",
+                message=f"top_k = {self.top_k} is more than num_experts = {self.num_experts}",
+                help=f"set top_k to at most {self.num_experts}",
+            )
+
+    def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
+        yield Parameter(name=f"{prefix}.weight_ED", shape=(self.num_experts, hidden_size), role="router")
+
+
+@attrs.frozen(kw_only=True)
+class SigmoidRouter(Router):
+    """Sigmoid scores, a bias for selection only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
+    s_E = sigmoid(W x); the top_k of s + bias are chosen; their weights are
+    route_scale * s_k / sum over the chosen of s. After a step each expert's bias rises by
+    bias_update_rate if it got fewer tokens than the mean, and falls if it got more.
+    """
+
+    route_scale: float = key("factor on the weights after they are renormalised over the chosen", default=1.0, above=0.0)
+    bias_update_rate: float = key("step of the selection bias; 0 keeps it at zero", default=0.001, minimum=0.0)
+
+    def build(self, hidden_size: int):
+        from nmoe.model.router import SigmoidRouter as Run
+
+        return Run(
+            hidden_size=hidden_size, num_experts=self.num_experts, top_k=self.top_k,
+            route_scale=self.route_scale, bias_update_rate=self.bias_update_rate,
+        )

@@ -1,0 +1,48 @@
+"""The closed table: section -> kind -> spec. A new kind is a new line here, and nothing else adds one.
+
+A section whose only kind is None takes no `kind` key. Array sections (`data.stages`) are named
+without an index.
+"""
+
+from nmoe.registry import attention, batch, config, data, eval, experts, model, moe
+from nmoe.registry import optimizer, output, platform, random, router, schedule, transport
+from nmoe.registry.component import Component
+
+TABLE: dict[str, dict[str | None, type[Component]]] = {
+    "": {None: config.Config},
+    "platform": {None: platform.Platform},
+    "random": {None: random.Random},
+    "model": {None: model.Model},
+    "model.attention": {"mla": attention.Mla, "gqa": attention.Gqa},
+    "model.attention.local": {None: attention.LocalWindow, "mla": attention.LocalMla, "gqa": attention.LocalGqa},
+    "model.mlp": {None: model.Mlp},
+    "model.moe": {None: moe.Moe},
+    "model.moe.router": {"sigmoid": router.SigmoidRouter},
+    "model.moe.experts": {
+        "bf16": experts.Bf16Experts,
+        "fp8": experts.Fp8Experts,
+        "nvfp4": experts.Nvfp4Experts,
+        "fp32": experts.Fp32Experts,
+    },
+    "transport": {"rdep": transport.Rdep},
+    "optimizer": {None: optimizer.Optimizer},
+    "optimizer.dense": {"adamw": optimizer.AdamW},
+    "optimizer.matrices": {"muon": optimizer.Muon},
+    "optimizer.router": {"adamw": optimizer.AdamW},
+    "optimizer.experts": {"adamw": optimizer.AdamW, "muon": optimizer.Muon},
+    "schedule": {"wsd": schedule.Wsd},
+    "data": {"corpus": data.Corpus, "shards": data.Shards, "mixture": data.MixtureData},
+    "data.stages": {None: data.Stage},
+    "data.tokenizer": {
+        "bytes": data.BytesTokenizer,
+        "huggingface": data.HuggingFaceTokenizer,
+        "tiktoken": data.TiktokenTokenizer,
+    },
+    "batch": {None: batch.Batch},
+    "eval": {None: eval.Eval},
+    "eval.bpb": {None: eval.Bpb},
+    "output": {None: output.Output},
+}
+
+# Sections that cannot change a bit of training: outside the fingerprint, with everything below them.
+OUTSIDE = ("eval", "output")
