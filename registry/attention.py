@@ -71,6 +71,13 @@ class Mla(Attention):
         """Multiply-adds of one query-key pair: all heads' scores and values."""
         return self.num_heads * (self.qk_head_dim + self.v_head_dim)
 
+    @property
+    def saved_width(self) -> int:
+        """Elements of one token kept for backward: compressed and full queries, keys and values, and the output."""
+        queries = (self.q_lora_rank or 0) * 2 + self.num_heads * self.qk_head_dim
+        keys_values = self.kv_lora_rank * 2 + self.qk_rope_head_dim + self.num_heads * (self.qk_head_dim + self.v_head_dim)
+        return queries + keys_values + self.num_heads * self.v_head_dim
+
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         heads = self.num_heads
         if self.q_lora_rank is None:
@@ -112,6 +119,11 @@ class Gqa(Attention):
     def score_width(self) -> int:
         """Multiply-adds of one query-key pair: all heads' scores and values."""
         return self.num_heads * 2 * self.head_dim
+
+    @property
+    def saved_width(self) -> int:
+        """Elements of one token kept for backward: queries, keys, values and the output."""
+        return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

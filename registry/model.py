@@ -23,6 +23,11 @@ class Mlp(Component):
                 help="remove the section, or set model.moe.num_dense_layers",
             )
 
+    @property
+    def saved_width(self) -> int:
+        """Elements of one token kept for backward: gate, up and their product."""
+        return 3 * self.intermediate_size
+
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         yield from swiglu_parameters(prefix, hidden_size, self.intermediate_size)
 

@@ -33,6 +33,11 @@ class Moe(Component):
     def shared_size(self) -> int:
         return self.num_shared_experts * self.experts.intermediate_size
 
+    @property
+    def saved_width(self) -> int:
+        """Elements of one token kept for backward: gate, up and their product, of each chosen and shared expert."""
+        return 3 * (self.router.top_k * self.experts.intermediate_size + self.shared_size)
+
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         from nmoe.registry.model import swiglu_parameters
 

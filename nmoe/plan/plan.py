@@ -1,0 +1,89 @@
+"""The plan: a frozen, complete answer to "what will this config do", and its forms for programs.
+
+A Plan is made by `resolve` alone. It holds the specs that the run is built from, the same values
+as plain data, where each came from, and what follows from them. It is the same for the same config
+wherever and whenever it is resolved: it knows no time, host or absolute path.
+"""
+
+from typing import Any
+
+import attrs
+
+from nmoe.plan.groups import GroupRow
+from nmoe.registry.config import Config
+
+
+@attrs.frozen
+class Milestone:
+    """A boundary of the schedule. step: the first one whose tokens reach it."""
+
+    name: str
+    tokens: int
+    step: int
+
+
+@attrs.frozen(kw_only=True)
+class Plan:
+    """A resolved config and what follows from it.
+
+    name: the config's file name.
+    config: the specs, built and checked. tree: their values as plain nested dicts, in the table's
+    order, every default filled in, absent optional keys left out.
+    origins: for each dotted key of the tree "default", "file.toml:12" (relative to the config) or "--set".
+    composed: whether `extends` or `--set` took part, so that origins tell more than one file's lines.
+    sections: the digest of each section. fingerprint: over those that training depends on.
+    tree_digest: over everything.
+    flops_per_token: of training, forward and backward. memory_bytes_per_rank: by kind, and `total`.
+    runnable, reasons: whether every part has its kernels on the target, and which has not.
+    """
+
+    name: str
+    config: Config
+    tree: dict[str, Any]
+    origins: dict[str, str]
+    composed: bool
+    sections: dict[str, str]
+    fingerprint: str
+    tree_digest: str
+    parameters_total: int
+    parameters_active: int
+    flops_per_token: int
+    tokens_per_step: int
+    total_tokens: int
+    total_steps: int
+    schedule: tuple[Milestone, ...]
+    groups: tuple[GroupRow, ...]
+    memory_bytes_per_rank: dict[str, int]
+    ranks: int
+    ranks_per_node: int
+    runnable: bool
+    reasons: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as data for `json.dumps`: nothing but dicts, lists, strings, numbers and booleans."""
+        return {
+            "fingerprint": self.fingerprint,
+            "tree_digest": self.tree_digest,
+            "sections": dict(self.sections),
+            "runnable": self.runnable,
+            "reasons": list(self.reasons),
+            "parameters": {"total": self.parameters_total, "active": self.parameters_active},
+            "flops_per_token": self.flops_per_token,
+            "tokens_per_step": self.tokens_per_step,
+            "total_tokens": self.total_tokens,
+            "total_steps": self.total_steps,
+            "schedule": [attrs.asdict(milestone) for milestone in self.schedule],
+            "ranks": self.ranks,
+            "ranks_per_node": self.ranks_per_node,
+            "memory_bytes_per_rank": dict(self.memory_bytes_per_rank),
+            "groups": [{**attrs.asdict(row), "shape": list(row.shape)} for row in self.groups],
+            "resolved": self.tree,
+            "origins": dict(self.origins),
+        }
+
+    def to_toml(self) -> str:
+        """The resolved tree as a config of its own: it resolves to the same fingerprint and tree_digest."""
+        from nmoe.plan.toml import toml_of
+
+        head = f"# resolved from {self.name}\n# fingerprint {self.fingerprint}\n# tree_digest {self.tree_digest}\n"
+        return head + toml_of(self.tree)
