@@ -1,0 +1,1 @@
+"""The transformer's parts, each a module whose parameters bear the registry's names."""

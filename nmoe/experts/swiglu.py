@@ -1,0 +1,55 @@
+"""SwiGLU and its gradient, and the product that all plain-torch layers are made of.
+
+    a = silu(g) * u,   silu(g) = g * sigmoid(g)          (Shazeer, arXiv 2002.05202)
+
+The pre-activations g and u come from one product, side by side in a row: (R, 2F), gate first.
+Only they are saved; the activation is computed again in backward, which is cheaper than to store
+it. Whatever the storage dtype, everything between two products is float32: a value is rounded to
+the storage dtype once, where a product reads or saves it. So bf16 differs from fp32 by those
+roundings alone.
+"""
+
+import torch
+from torch import Tensor
+
+
+def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, accumulated in float32 and rounded once to `dtype`.
+
+    a_MK, b_KN: both float32 or bfloat16. The operands are widened first, because CPU products of
+    bfloat16 differ by machine in how they accumulate and cannot return float32.
+    """
+    return torch.mm(a_MK.float(), b_KN.float()).to(dtype)
+
+
+def swiglu(pre_R2F: Tensor) -> Tensor:
+    """silu(g) * u for pre_R2F = [g | u] of shape (R, 2F); (R, F) in its dtype."""
+    width = pre_R2F.shape[1] // 2
+    gate_RF, up_RF = pre_R2F[:, :width].float(), pre_R2F[:, width:]
+    return torch.nn.functional.silu(gate_RF).mul_(up_RF).to(pre_R2F.dtype)
+
+
+def swiglu_backward(pre_R2F: Tensor, d_act_RF: Tensor, weight_R: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradient of w * swiglu(pre), with what the weight products need.
+
+    pre_R2F: (R, 2F), what `swiglu` read. d_act_RF: (R, F) float32, the gradient before the row
+    weight; it is overwritten. weight_R: (R,) float32, each row's router weight, or None for 1.
+
+    Returns
+    act_RF: float32, w * swiglu(pre) (rounded to pre's dtype before the weight, as forward did).
+    d_pre_R2F: (R, 2F) in pre's dtype.
+    d_weight_R: (R,) float32, <d_act, swiglu(pre)>, or None without weights.
+    """
+    width = pre_R2F.shape[1] // 2
+    gate_RF, up_RF = pre_R2F[:, :width].float(), pre_R2F[:, width:].float()
+    silu_RF = torch.nn.functional.silu(gate_RF)
+    act_RF = (silu_RF * up_RF).to(pre_R2F.dtype).float()
+    d_weight_R = None
+    if weight_R is not None:
+        d_weight_R = (d_act_RF * act_RF).sum(dim=1)
+        act_RF.mul_(weight_R[:, None])
+        d_act_RF.mul_(weight_R[:, None])
+    d_pre_R2F = torch.empty(pre_R2F.shape, dtype=torch.float32, device=pre_R2F.device)
+    torch.mul(d_act_RF, silu_RF, out=d_pre_R2F[:, width:])
+    torch.ops.aten.silu_backward.grad_input(d_act_RF.mul_(up_RF), gate_RF, grad_input=d_pre_R2F[:, :width])
+    return act_RF, d_pre_R2F.to(pre_R2F.dtype), d_weight_R

@@ -1,0 +1,42 @@
+"""Grouped-query attention (Ainslie et al., arXiv 2305.13245): query heads share keys and values.
+
+Rotary positions on the whole head, pairs by halves, as in Llama, Qwen and Mixtral. num_kv_heads =
+num_heads is full multi-head attention.
+"""
+
+import torch
+from torch import Tensor
+
+from nmoe.model.attention import attend
+from nmoe.model.linear import Linear
+from nmoe.model.rope import rotate_halves
+
+
+class Gqa(torch.nn.Module):
+    """window: tokens that a query meets, itself included; None is all before it."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        rope_theta: float,
+        window: int | None,
+    ) -> None:
+        super().__init__()
+        self.head_dim, self.rope_theta, self.window = head_dim, rope_theta, window
+        self.q_proj = Linear(hidden_size, num_heads * head_dim)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """x_BSD: (B, S, D); the same shape and dtype."""
+        heads = (-1, self.head_dim)
+        q_BSHQ = rotate_halves(self.q_proj(x_BSD).unflatten(-1, heads), self.rope_theta)
+        k_BSGQ = rotate_halves(self.k_proj(x_BSD).unflatten(-1, heads), self.rope_theta)
+        v_BSGQ = self.v_proj(x_BSD).unflatten(-1, heads)
+        y: Tensor = self.o_proj(attend(q_BSHQ, k_BSGQ, v_BSGQ, self.window).flatten(2))
+        return y

@@ -1,0 +1,86 @@
+"""Linear maps and the embedding, with float32 gradients for their weights.
+
+Torch's own layers give a weight's gradient the weight's dtype. Here a bfloat16 weight gets a
+float32 gradient (`Parameter.grad_dtype` lets it accumulate so), because microbatches are added
+in `p.grad` and a bfloat16 sum would lose them. Sums over tokens have one fixed order: that of the
+product at the microbatch's shape.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmoe.experts.swiglu import product
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x_TI, w_OI)
+        return product(x_TI, w_OI.t(), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TI, w_OI = ctx.saved_tensors
+        return product(dy_TO, w_OI, x_TI.dtype), product(dy_TO.t(), x_TI, torch.float32), None
+
+
+def linear(x: Tensor, w_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """y = x W^T over the last axis.
+
+    x: (..., I); w_OI: (O, I), the same dtype. Returns (..., O) in `dtype` (x's if None), summed in
+    float32. The gradient of x has x's dtype, that of W is float32.
+    """
+    y_TO = _Linear.apply(x.reshape(-1, x.shape[-1]), w_OI, dtype or x.dtype)
+    return y_TO.view(*x.shape[:-1], w_OI.shape[0])
+
+
+class Linear(torch.nn.Module):
+    """y = x W^T; weight: (out, in). No bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, w_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.rows = w_VD.shape[0]
+        return w_VD.index_select(0, ids.reshape(-1)).view(*ids.shape, w_VD.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        (ids,) = ctx.saved_tensors
+        # One thread owns a row of the table and adds its tokens in order: no atomics.
+        return None, torch.ops.aten.embedding_dense_backward(dy.float(), ids, ctx.rows, -1, False)
+
+
+class Embedding(torch.nn.Module):
+    """Row id of weight_VD for each id; the gradient adds tokens in their order, in float32."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_VD = torch.nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: (...,) int64; (..., D) in the weight's dtype."""
+        y: Tensor = _Embedding.apply(ids, self.weight_VD)
+        return y
+
+
+class Head(torch.nn.Module):
+    """logits = h W^T. Training never calls it: the loss takes weight_VD and makes logits chunk by chunk."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_VD = torch.nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h: (..., D); (..., V) float32."""
+        return linear(h, self.weight_VD, torch.float32)

@@ -1,0 +1,74 @@
+"""Cross-entropy of a linear head, chunk by chunk: the (T, V) logits never exist at once.
+
+    loss = sum over t of -log softmax(W h_t)[target_t]            in nats
+
+A chunk is `chunk_tokens` rows from a multiple of it on, so boundaries and with them every sum are
+fixed by the shape. Where gradients are wanted they are computed in the same pass, while the chunk's
+probabilities are at hand,
+
+    dh_t = W^T (p_t - onehot)       dW = sum over chunks, in order, of (p - onehot)^T h
+
+and backward only scales them by the loss's own gradient. Logits, probabilities, both gradients and
+the chain over chunks are float32.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmoe.experts.swiglu import product
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, chunk_tokens: int) -> Tensor:
+        losses_T = torch.empty(h_TD.shape[0], dtype=torch.float32, device=h_TD.device)
+        dh_TD = torch.empty(h_TD.shape, dtype=torch.float32, device=h_TD.device)
+        dw_VD = torch.zeros(w_VD.shape, dtype=torch.float32, device=h_TD.device)
+        w32_VD = w_VD.float()
+        for start in range(0, h_TD.shape[0], chunk_tokens):
+            stop = start + chunk_tokens
+            h_CD, target_C1 = h_TD[start:stop].float(), targets_T[start:stop, None]
+            logp_CV = torch.log_softmax(product(h_CD, w32_VD.t(), torch.float32), dim=1)
+            loss_C1 = logp_CV.gather(1, target_C1).neg_()
+            losses_T[start:stop] = loss_C1[:, 0]
+            d_logits_CV = logp_CV.exp_()
+            d_logits_CV.scatter_(1, target_C1, torch.expm1(-loss_C1))
+            torch.mm(d_logits_CV, w32_VD, out=dh_TD[start:stop])
+            dw_VD.addmm_(d_logits_CV.t(), h_CD)
+        ctx.save_for_backward(dh_TD, dw_VD)
+        ctx.dtype = h_TD.dtype
+        return total(losses_T)
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dh_TD, dw_VD = ctx.saved_tensors
+        return (dh_TD * d_loss).to(ctx.dtype), dw_VD * d_loss, None, None
+
+
+def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, *, chunk_tokens: int) -> Tensor:
+    """The sum over tokens of -log p(target), in nats; a float32 scalar, differentiable in h and w.
+
+    h_TD: (T, D); w_VD: (V, D), the same dtype; targets_T: (T,) int64, 0 <= target < V.
+    The gradient of w is float32.
+    """
+    if not torch.is_grad_enabled():
+        return total(token_losses(h_TD, w_VD, targets_T, chunk_tokens=chunk_tokens))
+    loss: Tensor = _LinearCrossEntropy.apply(h_TD, w_VD, targets_T, chunk_tokens)
+    return loss
+
+
+@torch.no_grad()
+def token_losses(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, *, chunk_tokens: int) -> Tensor:
+    """-log p(target) of each token, in nats: (T,) float32, without gradient; arguments as above."""
+    losses = [
+        torch.log_softmax(product(h_CD, w_VD.t(), torch.float32), dim=1).gather(1, target_C[:, None])[:, 0].neg_()
+        for h_CD, target_C in zip(h_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def total(losses_T: Tensor) -> Tensor:
+    """The sum in float64, rounded once to float32."""
+    return losses_T.sum(dtype=torch.float64).to(torch.float32)

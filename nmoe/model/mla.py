@@ -1,0 +1,73 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Keys and values of all heads come from one narrow vector c = norm(W_a x) of kv_lora_rank; a rotary
+key of qk_rope_head_dim, shared by all heads, comes beside it straight from x. A head's query and
+key are [without position | rotary], pairs interleaved as in DeepSeek's code:
+
+    q_h = [q_nope | rope(q_rope)]     k_h = [k_nope_h(c) | rope(k_rope)]     v_h = v_h(c)
+
+Queries come from x, or through a norm from a compression of q_lora_rank. Scores are scaled by
+(qk_nope_head_dim + qk_rope_head_dim)^(-1/2).
+"""
+
+import torch
+from torch import Tensor
+
+from nmoe.model.attention import attend
+from nmoe.model.linear import Linear
+from nmoe.model.norm import RmsNorm
+from nmoe.model.rope import rotate_interleaved
+
+
+class Mla(torch.nn.Module):
+    """window: tokens that a query meets, itself included; None is all before it."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        q_lora_rank: int | None,
+        kv_lora_rank: int,
+        qk_nope_head_dim: int,
+        qk_rope_head_dim: int,
+        v_head_dim: int,
+        rope_theta: float,
+        norm_eps: float,
+        window: int | None,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.rope_theta, self.window = num_heads, rope_theta, window
+        self.query_sizes = [qk_nope_head_dim, qk_rope_head_dim]
+        self.key_value_sizes = [qk_nope_head_dim, v_head_dim]
+        self.latent_sizes = [kv_lora_rank, qk_rope_head_dim]
+        queries = num_heads * (qk_nope_head_dim + qk_rope_head_dim)
+        self.compressed_queries = q_lora_rank is not None
+        if q_lora_rank is None:
+            self.q_proj = Linear(hidden_size, queries)
+        else:
+            self.q_a_proj = Linear(hidden_size, q_lora_rank)
+            self.q_a_norm = RmsNorm(q_lora_rank, norm_eps)
+            self.q_b_proj = Linear(q_lora_rank, queries)
+        self.kv_a_proj = Linear(hidden_size, kv_lora_rank + qk_rope_head_dim)
+        self.kv_a_norm = RmsNorm(kv_lora_rank, norm_eps)
+        self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
+        self.o_proj = Linear(num_heads * v_head_dim, hidden_size)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """x_BSD: (B, S, D); the same shape and dtype."""
+        heads = (self.num_heads, -1)
+        if self.compressed_queries:
+            q_BSX = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
+        else:
+            q_BSX = self.q_proj(x_BSD)
+        q_nope_BSHQ, q_rope_BSHR = q_BSX.unflatten(-1, heads).split(self.query_sizes, dim=-1)
+        latent_BSC, k_rope_BSR = self.kv_a_proj(x_BSD).split(self.latent_sizes, dim=-1)
+        kv_BSHX = self.kv_b_proj(self.kv_a_norm(latent_BSC)).unflatten(-1, heads)
+        k_nope_BSHQ, v_BSHV = kv_BSHX.split(self.key_value_sizes, dim=-1)
+        q_rope_BSHR = rotate_interleaved(q_rope_BSHR, self.rope_theta)
+        k_rope_BSHR = rotate_interleaved(k_rope_BSR[:, :, None], self.rope_theta).expand(q_rope_BSHR.shape)
+        q_BSHQ = torch.cat((q_nope_BSHQ, q_rope_BSHR), dim=-1)
+        k_BSHQ = torch.cat((k_nope_BSHQ, k_rope_BSHR), dim=-1)
+        y: Tensor = self.o_proj(attend(q_BSHQ, k_BSHQ, v_BSHV, self.window).flatten(2))
+        return y

@@ -1,0 +1,41 @@
+"""The dense SwiGLU: y = W_down (silu(W_gate x) * W_up x)  (Shazeer, arXiv 2002.05202).
+
+Gate and up are one product. Only x and the pre-activations are saved for backward.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmoe.experts.swiglu import product, swiglu, swiglu_backward
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, w_gate_up_2FD: Tensor, w_down_DF: Tensor) -> Tensor:
+        pre_T2F = product(x_TD, w_gate_up_2FD.flatten(0, 1).t(), x_TD.dtype)
+        ctx.save_for_backward(x_TD, w_gate_up_2FD, w_down_DF, pre_T2F)
+        return product(swiglu(pre_T2F), w_down_DF.t(), x_TD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x_TD, w_gate_up_2FD, w_down_DF, pre_T2F = ctx.saved_tensors
+        act_TF, d_pre_T2F, _ = swiglu_backward(pre_T2F, product(dy_TD, w_down_DF, torch.float32), None)
+        dw_down_DF = product(dy_TD.t(), act_TF, torch.float32)
+        dw_gate_up_2FD = product(d_pre_T2F.t(), x_TD, torch.float32).view(w_gate_up_2FD.shape)
+        return product(d_pre_T2F, w_gate_up_2FD.flatten(0, 1), x_TD.dtype), dw_gate_up_2FD, dw_down_DF
+
+
+class DenseMlp(torch.nn.Module):
+    """SwiGLU; w_gate_up_2FD: (2, F, D), index 0 the gate, 1 up; w_down_DF: (D, F)."""
+
+    def __init__(self, *, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.w_gate_up_2FD = torch.nn.Parameter(torch.empty(2, intermediate_size, hidden_size))
+        self.w_down_DF = torch.nn.Parameter(torch.empty(hidden_size, intermediate_size))
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD: (T, D); (T, D) in its dtype."""
+        y_TD: Tensor = _Swiglu.apply(x_TD, self.w_gate_up_2FD, self.w_down_DF)
+        return y_TD

@@ -1,0 +1,26 @@
+"""The MoE layer: y = sum over the chosen k of w_k expert_k(x), plus the shared experts' y."""
+
+import torch
+from torch import Tensor
+
+from nmoe.experts.grouped import GroupedExperts
+from nmoe.model.mlp import DenseMlp
+from nmoe.model.router import SigmoidRouter
+from nmoe.rdep.transport import Transport
+
+
+class MoE(torch.nn.Module):
+    """router, experts, and shared (None without shared experts); the transport is not a module."""
+
+    def __init__(
+        self, *, router: SigmoidRouter, experts: GroupedExperts, shared: DenseMlp | None, transport: Transport
+    ) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared = router, experts, shared
+        self.transport = transport
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """x_TD: (T, D); (T, D) in its dtype."""
+        indices_TK, weights_TK = self.router(x_TD)
+        y_TD = self.transport.run(x_TD, indices_TK, weights_TK, self.experts)
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD)

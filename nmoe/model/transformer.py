@@ -1,0 +1,38 @@
+"""The transformer: embedding, blocks, final norm. The head's weight belongs to the loss."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from nmoe.model.block import Block
+from nmoe.model.linear import Embedding, Head
+from nmoe.model.norm import RmsNorm
+
+
+class Transformer(torch.nn.Module):
+    """Weights are empty until `nmoe.model.init.initialize` draws them.
+
+    dtype: of all parameters; their gradients are float32. Buffers (router biases and loads) keep
+    their own.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, hidden_size: int, blocks: Iterable[Block], norm_eps: float, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.embedding = Embedding(vocab_size, hidden_size)
+        self.layers = torch.nn.ModuleList(blocks)
+        self.norm = RmsNorm(hidden_size, norm_eps)
+        self.head = Head(vocab_size, hidden_size)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+            parameter.grad_dtype = torch.float32
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        """input_ids_BS: (B, S) int64, 0 <= id < vocab_size. Returns h_TD: (B*S, D) after the final norm."""
+        x_BSD = self.embedding(input_ids_BS)
+        for layer in self.layers:
+            x_BSD = layer(x_BSD)
+        h_BSD: Tensor = self.norm(x_BSD)
+        return h_BSD.flatten(0, 1)

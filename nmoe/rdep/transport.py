@@ -1,0 +1,28 @@
+"""What a transport is: the way of a token's row to its experts, and of their outputs back.
+
+For the same inputs every transport returns the same bits, whatever the number of ranks behind it:
+the layout is computed, not negotiated; experts see (expert, microbatch) segments; the return adds
+a token's rows in the order of k.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from nmoe.rdep.layout import Layout
+
+
+class Experts(Protocol):
+    """The experts as a transport sees them."""
+
+    num_experts: int
+
+    def __call__(self, x_TD: Tensor, weights_TK: Tensor, places: Layout) -> Tensor: ...
+
+
+class Transport(Protocol):
+    """Dispatch, experts and return of one MoE layer and one microbatch."""
+
+    def run(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
+        """y_t = sum over k of w_tk * expert_{i_tk}(x_t), (T, D); differentiable in x, w and the experts' weights."""
+        ...
