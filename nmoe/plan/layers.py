@@ -101,8 +101,8 @@ def _parents(child: Source, path: FilePath) -> Iterator[Source]:
         except ConfigError as error:
             if error.diagnostics[0].code != "N0101":
                 raise
-            message, help = error.diagnostics[0].message, error.diagnostics[0].help
-            raise ConfigError(child.finding("N0108", message, span, help=help)) from error
+            first = error.diagnostics[0]
+            raise ConfigError(child.finding("N0108", first.message, span, help=first.help)) from error
         yield parent
         child = parent
 
@@ -152,11 +152,11 @@ def _leaves(value: dict[str, Any], path: Path) -> Iterator[Path]:
 def _as_set(diagnostic: Diagnostic, argument: str) -> Diagnostic:
     """A parser's finding about the text of a `--set`; a bare word gets the way a shell passes a string."""
     key, _, value = argument.partition("=")
-    help = diagnostic.help
+    way = diagnostic.help
     if diagnostic.code == "N0105" and value.strip() and value.strip()[0].isalpha():
-        help = f"a string needs TOML's quotes inside the shell's: --set '{key.strip()}=\"{value.strip()}\"'"
+        way = f"a string needs TOML's quotes inside the shell's: --set '{key.strip()}=\"{value.strip()}\"'"
     code = "N0109" if diagnostic.code == "N0105" else diagnostic.code
-    return attrs.evolve(diagnostic, code=code, help=help or "write --set section.key=VALUE, where VALUE is TOML")
+    return attrs.evolve(diagnostic, code=code, help=way or "write --set section.key=VALUE, where VALUE is TOML")
 
 
 def _lay(tree: Tree, source: Source, layer: int) -> None:

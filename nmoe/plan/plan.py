@@ -30,7 +30,7 @@ class Plan:
     config: the specs, built and checked. tree: their values as plain nested dicts, in the table's
     order, every default filled in, absent optional keys left out.
     origins: for each dotted key of the tree "default", "file.toml:12" (relative to the config) or "--set".
-    composed: whether `extends` or `--set` took part, so that origins tell more than one file's lines.
+    extended: whether a parent took part, so that origins name more than one file.
     sections: the digest of each section. fingerprint: over those that training depends on.
     tree_digest: over everything.
     flops_per_token: of training, forward and backward. memory_bytes_per_rank: by kind, and `total`.
@@ -41,7 +41,7 @@ class Plan:
     config: Config
     tree: dict[str, Any]
     origins: dict[str, str]
-    composed: bool
+    extended: bool
     sections: dict[str, str]
     fingerprint: str
     tree_digest: str

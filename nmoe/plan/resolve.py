@@ -130,7 +130,7 @@ def _complete(tree: Tree, config: Config, ranks: int, ranks_per_node: int) -> Pl
         config=config,
         tree=plain,
         origins=origins,
-        composed=tree.extended or "--set" in origins.values(),
+        extended=tree.extended,
         sections=sections,
         fingerprint=fingerprint.fingerprint(sections),
         tree_digest=fingerprint.digest(plain),

@@ -125,13 +125,11 @@ def decode(raw: bytes, name: str) -> str:
     """The text of a file's bytes: at most 1 MiB of UTF-8 without byte order mark or NUL."""
     whole = Source(name=name, label=name, text=raw.decode("utf-8", errors="replace"))
     if len(raw) > MAX_BYTES:
-        raise ConfigError(
-            whole.finding("N0102", "a config of more than 1 MiB", None, help="a config is a page of text; check the path")
-        )
+        way = "a config is a page of text; check the path"
+        raise ConfigError(whole.finding("N0102", "a config of more than 1 MiB", None, help=way))
     if raw.startswith(b"\xef\xbb\xbf"):
-        raise ConfigError(
-            whole.finding("N0103", "the file begins with a byte order mark", Span(1, 1, 1), help="save it as UTF-8 without BOM")
-        )
+        message = "the file begins with a byte order mark"
+        raise ConfigError(whole.finding("N0103", message, Span(1, 1, 1), help="save it as UTF-8 without BOM"))
     for wide in (b"\xff\xfe", b"\xfe\xff"):
         if raw.startswith(wide):
             raise ConfigError(whole.finding("N0103", "the file is UTF-16", Span(1, 1, 1), help="save it as UTF-8"))
@@ -226,14 +224,14 @@ def _syntax(source: Source, error: tomli.TOMLDecodeError) -> Diagnostic:
             first = next((s for s in before[:-1] if s.path[: len(statement.path)] == statement.path), None)
         notes = (f"`{name}` is first written in line {first.key.line + shift}",) if first else ()
         return source.finding("N0106", f"`{name}` is written twice", again, help="remove one of them", notes=notes)
-    message, help = SAYS.get(error.msg, ("", ""))
+    message, way = SAYS.get(error.msg, ("", ""))
     if not message:
         message = "not TOML: " + shown(error.msg[:1].lower() + error.msg[1:], 100)
     span = source.span_at(error.pos)
     notes = ()
     if statement is not None and statement.key.line + shift < span.line:
         notes = (f"in the statement that begins in line {statement.key.line + shift}",)
-    return source.finding("N0105", message, span, help=help, notes=notes)
+    return source.finding("N0105", message, span, help=way, notes=notes)
 
 
 def _unfit(source: Source, value: Any, path: Path) -> Iterator[Diagnostic]:
@@ -246,20 +244,20 @@ def _unfit(source: Source, value: Any, path: Path) -> Iterator[Diagnostic]:
         for index, item in enumerate(value):
             yield from _unfit(source, item, (*path, index))
         return
-    message = help = ""
+    message = way = ""
     if isinstance(value, bool):
         return
     if isinstance(value, int):
         if abs(value) > MAX_INT:
-            message, help = "an integer beyond 2^53 - 1", "the largest that every reader keeps exactly is 9007199254740991"
+            message, way = "an integer beyond 2^53 - 1", "the largest that every reader keeps exactly is 2^53 - 1"
     elif isinstance(value, float):
         if not math.isfinite(value):
-            message, help = f"`{value}` is not a finite number", "write a number"
+            message, way = f"`{value}` is not a finite number", "write a number"
     elif isinstance(value, str):
         if any(ord(c) < 32 or ord(c) == 127 for c in value):
-            message, help = "a string with a control character", "remove it"
+            message, way = "a string with a control character", "remove it"
     else:
-        message, help = "a date or time; no key takes one", "put quotes around it if it is meant as text"
+        message, way = "a date or time; no key takes one", "put quotes around it if it is meant as text"
     if message:
         mark = source.marks.get(path)
-        yield source.finding("N0107", message, mark.value if mark else None, help=help)
+        yield source.finding("N0107", message, mark.value if mark else None, help=way)

@@ -114,7 +114,8 @@ def _section(data: Any, path: Path, table: str, findings: Findings) -> Any:
     """One section. table: its name in the closed table, without indexes."""
     name = dotted(path)
     if not isinstance(data, dict):
-        findings.add("N0114", path, f"`{name}` is a section, found {_found(data)}", help=f"write [{name}] on its own line")
+        message = f"`{name}` is a section, found {_found(data)}"
+        findings.add("N0114", path, message, help=f"write [{name}] on its own line")
         return Broken()
     kind = _kind(data, path, table, findings)
     if isinstance(kind, Broken):
@@ -166,9 +167,9 @@ def _kind(data: dict[str, Any], path: Path, table: str, findings: Findings) -> A
         return Broken()
     if kind not in named:
         near = closest(kind, named)
-        help = f'did you mean "{near}"?' if near else f"one of: {options}"
+        way = f'did you mean "{near}"?' if near else f"one of: {options}"
         notes = (f"kinds of [{dotted(path)}]: {options}",) if near else ()
-        findings.add("N0113", here, f'unknown kind "{shown(kind)}" of [{dotted(path)}]', help=help, notes=notes)
+        findings.add("N0113", here, f'unknown kind "{shown(kind)}" of [{dotted(path)}]', help=way, notes=notes)
         return Broken()
     return kind
 
@@ -225,11 +226,11 @@ def _unknown(key: str, path: Path, table: str, kind: str | None, findings: Findi
             elsewhere.extend(f'kind "{k}"' for k in homes if k is not None)
     near = closest(key, names, 0.75) or (None if elsewhere else closest(key, names))
     if near:
-        help = f"did you mean `{near}`?"
+        way = f"did you mean `{near}`?"
     elif elsewhere:
-        help = f"`{key}` is a key of {', '.join(elsewhere[:4])}"
+        way = f"`{key}` is a key of {', '.join(elsewhere[:4])}"
     else:
-        help = "remove it"
+        way = "remove it"
     notes = []
     keys = [f"{n}{' (required)' if _required(f) else ''}" for n, f in fields.items() if not is_section(f)]
     sections = [f"[{dotted((*path, n))}]" for n, f in fields.items() if is_section(f)]
@@ -239,7 +240,8 @@ def _unknown(key: str, path: Path, table: str, kind: str | None, findings: Findi
     if sections:
         notes.append(f"sections{' below it' if path else ''}: {', '.join(sections)}")
     where = f"`{dotted(path)}`" if path else "the file"
-    findings.add("N0112", (*path, key), f"unknown key `{shown(key)}` in {where}", at="key", help=help, notes=tuple(notes))
+    message = f"unknown key `{shown(key)}` in {where}"
+    findings.add("N0112", (*path, key), message, at="key", help=way, notes=tuple(notes))
 
 
 def _required(field: "attrs.Attribute[Any]") -> bool:
@@ -287,12 +289,13 @@ def _scalar(value: Any, wanted: type, name: str, here: Path, field: "attrs.Attri
     if wanted is float and type(value) is int:
         value = float(value)
     if type(value) is not wanted:
-        findings.add("N0114", here, f"`{name}` must be {NOUNS[wanted]}, found {_found(value)}", help=_cure(value, wanted))
+        message = f"`{name}` must be {NOUNS[wanted]}, found {_found(value)}"
+        findings.add("N0114", here, message, help=_cure(value, wanted))
         return Broken()
-    for code, message, help in _bounds(value, name, field.metadata):
-        findings.add(code, here, message, help=help)
+    for code, message, way in _bounds(value, name, field.metadata):
+        findings.add(code, here, message, help=way)
         return Broken()
-    return value + 0.0 if wanted is float else value  # -0.0 + 0.0 is 0.0: what runs is what is hashed
+    return value + 0.0 if isinstance(value, float) else value  # -0.0 + 0.0 is 0.0: what runs is what is hashed
 
 
 def _cure(value: Any, wanted: type) -> str:
@@ -313,8 +316,8 @@ def _bounds(value: Any, name: str, limits: Any) -> Iterator[tuple[str, str, str]
         if choices is not None and value not in choices:
             options = ", ".join(f'"{c}"' for c in choices)
             near = closest(value, list(choices))
-            help = f'did you mean "{near}"?' if near else f"one of: {options}"
-            yield "N0116", f'`{name}` = "{shown(value)}" is not one of {options}', help
+            way = f'did you mean "{near}"?' if near else f"one of: {options}"
+            yield "N0116", f'`{name}` = "{shown(value)}" is not one of {options}', way
         elif not value.strip():
             yield "N0115", f"`{name}` is empty", limits["help"]
         return

@@ -1,0 +1,184 @@
+"""The plan for people: what `nmoe build --print` shows, and the golden file of every config.
+
+ASCII, one line for each value, no time, host or absolute path. Beside a value stands where it came
+from: `default` when nobody wrote it, the file and line or `--set` when more than one file had a say.
+The dashes of a missing value say that the key is optional and absent.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from nmoe.plan.fingerprint import is_outside
+from nmoe.plan.groups import GroupRow
+from nmoe.plan.plan import Plan
+from nmoe.plan.structure import fields_of, is_section
+from nmoe.plan.toml import is_tables
+from nmoe.registry.table import TABLE
+
+WIDTH = 100
+NAME_WIDTH = 26
+VALUE_WIDTH = 40
+SHORT = 12
+
+
+def render(plan: Plan) -> str:
+    """The whole page, with a newline at its end."""
+    lines = [
+        *_head(plan),
+        *_sections(plan, plan.tree, "", ""),
+        *_schedule(plan),
+        *_cost(plan),
+        *_memory(plan),
+        *_groups(plan),
+        *_platform(plan),
+    ]
+    return "\n".join(line.rstrip() for line in lines) + "\n"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    yield f"plan of {ascii_text(plan.name)}"
+    yield ""
+    yield f"  fingerprint  {plan.fingerprint}"
+    yield f"  tree digest  {plan.tree_digest}"
+    yield ""
+    yield "  Beside a section its digest; beside a value where it comes from, when not from this file."
+
+
+def ascii_text(text: str) -> str:
+    """Text without the characters that a terminal or another encoding would change."""
+    return json.dumps(text)[1:-1]
+
+
+def value_text(value: Any) -> str:
+    """One value as TOML would write it, integers grouped by thousands, in ASCII."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:_}"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value)
+    return "[" + ", ".join(value_text(item) for item in value) + "]"
+
+
+def _sections(plan: Plan, table: dict[str, Any], name: str, place: str) -> Iterator[str]:
+    """A section and those below it. name: dotted, with indexes; place: the closed table's name, without."""
+    cls = TABLE[place][table.get("kind")]
+    fields = fields_of(cls)
+    if name:
+        yield ""
+        outside = "   outside the fingerprint" if is_outside(name) else ""
+        yield f"[{name}]".ljust(NAME_WIDTH + VALUE_WIDTH + 8) + plan.sections[name][:SHORT] + outside
+        keys = {"kind": None} if "kind" in table else {}
+        for key in [*keys, *(n for n, f in fields.items() if not is_section(f))]:
+            beside = _origin(plan, f"{name}.{key}" if name else key, key in table)
+            if key != "kind" and fields[key].metadata["outside"] and not is_outside(name):
+                beside = ", ".join(filter(None, (beside, "outside the fingerprint")))
+            text = value_text(table[key]) if key in table else "-"
+            left = f"  {key.ljust(NAME_WIDTH)} {text}"
+            yield f"{left.ljust(NAME_WIDTH + VALUE_WIDTH + 8)}{'' if len(left) < NAME_WIDTH + VALUE_WIDTH + 8 else '  '}{beside}"
+    for field in fields.values():
+        if not is_section(field) or field.name not in table:
+            continue
+        below = table[field.name]
+        path, inner = f"{name}.{field.name}".lstrip("."), f"{place}.{field.name}".lstrip(".")
+        if isinstance(below, dict):
+            yield from _sections(plan, below, path, inner)
+        elif is_tables(below):
+            for index, item in enumerate(below):
+                yield from _sections(plan, item, f"{path}.{index}", inner)
+
+
+def _origin(plan: Plan, key: str, present: bool) -> str:
+    origin = plan.origins.get(key, "default") if present else "default"
+    return origin if origin in ("default", "--set") or plan.extended else ""
+
+
+def _title(text: str) -> Iterator[str]:
+    yield ""
+    yield f"-- {text} ".ljust(WIDTH, "-")
+
+
+def rows(cells: Sequence[Sequence[str]], align: str) -> Iterator[str]:
+    """Columns as wide as their widest cell; align has `<` or `>` for each."""
+    widths = [max(len(row[i]) for row in cells) for i in range(len(align))]
+    for row in cells:
+        yield "  " + "  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths, strict=True))
+
+
+def _schedule(plan: Plan) -> Iterator[str]:
+    yield from _title("schedule")
+    shape = plan.config.schedule.decay_shape
+    factor = {"warmup ends": "rises 0 to 1", "decay begins": "stays at 1", "end": f"falls to 0, {shape}"}
+    cells = [["until", "tokens", "step", "factor on the rates"]]
+    cells += [[m.name, f"{m.tokens:_}", f"{m.step:_}", factor[m.name]] for m in plan.schedule]
+    yield from rows(cells, "<>><")
+    batch = plan.config.batch
+    yield ""
+    yield (
+        f"  {plan.total_steps:_} steps of {plan.tokens_per_step:_} tokens: {batch.sequences} sequences in "
+        f"{batch.microbatches} microbatch{'es' if batch.microbatches > 1 else ''} of {batch.microbatch}"
+    )
+
+
+def _cost(plan: Plan) -> Iterator[str]:
+    yield from _title("model")
+    share = plan.parameters_active / plan.parameters_total
+    whole = plan.flops_per_token * plan.total_tokens
+    yield from rows(
+        [
+            ["parameters", f"{plan.parameters_total:_}", human(plan.parameters_total)],
+            ["active for a token", f"{plan.parameters_active:_}", f"{human(plan.parameters_active)}, {share:.1%}"],
+            ["FLOPs for a token", f"{plan.flops_per_token:_}", "training: forward and backward"],
+            ["FLOPs of the run", f"{float(whole):.3e}", ""],
+        ],
+        "<><",
+    )
+
+
+def human(count: int) -> str:
+    """A count in thousands, millions or billions, three digits."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count / size < 1000 else f"{count / size:.0f} {unit}"
+    return str(count)
+
+
+def bytes_text(count: int) -> str:
+    """Bytes in GiB, MiB, KiB, or B."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    where = "1 rank" if plan.ranks == 1 else f"each of {plan.ranks} ranks, {plan.ranks_per_node} on a node"
+    yield from _title(f"memory of {where}")
+    memory = plan.memory_bytes_per_rank
+    cells = [[kind.replace("_", " "), bytes_text(count)] for kind, count in memory.items()]
+    yield from rows(cells, "<>")
+
+
+def _groups(plan: Plan) -> Iterator[str]:
+    yield from _title("parameter groups")
+    cells = [["parameters", "shape", "count", "group", "kind", "rate", "decay"]]
+    cells += [_group_row(row) for row in plan.groups]
+    yield from rows(cells, "<>><<>>")
+
+
+def _group_row(row: GroupRow) -> list[str]:
+    rate = f"{row.rate:g}" if row.floor == 0 else f"{row.rate:g}..{row.floor:g}"
+    return [row.pattern, "x".join(map(str, row.shape)), str(row.count), row.group, row.kind, rate, f"{row.decay:g}"]
+
+
+def _platform(plan: Plan) -> Iterator[str]:
+    platform = plan.config.platform
+    hardware = {"sm_100a": "a B200 GPU (sm_100a)", "sm_90a": "an H100 or H200 GPU (sm_90a)"}
+    threads = f"{platform.threads} CPU thread{'s' if platform.threads != 1 else ''}"
+    yield from _title("platform")
+    yield f"  needs     {hardware.get(platform.target, threads)}"
+    yield f"  runnable  {'yes' if plan.runnable else 'no'}"
+    yield from (f"            {ascii_text(reason)}" for reason in plan.reasons)
