@@ -1,0 +1,1 @@
+"""Checkpoints: content-addressed slices of logical tensors, manifests that seal them, one HEAD."""

@@ -1,0 +1,135 @@
+"""Slices into content-addressed files, and the removal of files that no kept checkpoint needs."""
+
+import hashlib
+import itertools
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import attrs
+import torch
+
+from nmoe.checkpoint import disk
+from nmoe.checkpoint import format as layout
+from nmoe.checkpoint.disk import Damage
+from nmoe.checkpoint.manifest import Manifest, TensorRecord
+from nmoe.checkpoint.reader import dtype_name
+from nmoe.checkpoint.verify import check_object, read_manifest
+
+
+@attrs.frozen(kw_only=True)
+class Stored:
+    """records: of every tensor, by name. objects, bytes: what had to be written for them."""
+
+    records: dict[str, TensorRecord]
+    objects: int
+    bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class Removed:
+    """A checkpoint that was taken away, and why."""
+
+    step: int
+    reason: str
+
+
+def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int) -> Stored:
+    """Stores the slices of contiguous CPU tensors; when it returns, each object and its name is durable.
+
+    Each thread hashes a slice and writes it in one go: small files then share the journal's commits.
+    An object that is there already counts only after it has been hashed. RunError N0301 if a file
+    cannot be written; what has been written by then is no part of any checkpoint.
+    """
+    folders: set[Path] = set()
+    claimed: set[str] = set()
+    written: list[int] = []
+    lock = threading.Lock()
+    numbers = itertools.count()
+
+    def put(content: memoryview) -> str:
+        sha256 = hashlib.sha256(content).hexdigest()
+        path = layout.object_path(directory, sha256)
+        with lock:
+            if sha256 in claimed:
+                return sha256
+            claimed.add(sha256)
+            folders.add(path.parent)
+        with disk.naming("make directory", path.parent):
+            path.parent.mkdir(exist_ok=True)
+        if path.exists():
+            try:
+                check_object(path, sha256, len(content))
+                return sha256
+            except Damage:
+                pass  # a damaged object is replaced by the right one
+        temporary = layout.temporary_directory(directory) / f"object.{os.getpid()}.{next(numbers)}"
+        disk.write_synced(temporary, content)
+        disk.rename(temporary, path)
+        written.append(len(content))
+        return sha256
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="object")
+    try:
+        pending = {}
+        for name, tensor in tensors.items():
+            content = tensor.reshape(-1).view(torch.uint8).numpy().data
+            width = tensor.element_size()
+            cuts = layout.boundaries(name, tuple(tensor.shape), dtype_name(tensor))
+            pending[name] = [pool.submit(put, content[start * width : stop * width]) for start, stop in cuts]
+        slices = {name: tuple(future.result() for future in futures) for name, futures in pending.items()}
+        list(pool.map(disk.sync_directory, [*sorted(folders), layout.objects_directory(directory)]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    records = {
+        name: TensorRecord(dtype=dtype_name(tensor), shape=tuple(tensor.shape), slices=slices[name])
+        for name, tensor in tensors.items()
+    }
+    return Stored(records=records, objects=len(written), bytes=sum(written))
+
+
+def retain(directory: Path, head: Manifest | None, *, keep: int) -> tuple[Removed, ...]:
+    """Removes all but `head` and the newest intact checkpoints before it, `keep` in all.
+
+    Intact: the manifest is whole and every object is there at its size. HEAD must name `head`
+    durably before this is called. Manifests go first, so that no manifest ever lacks its objects.
+    """
+    kept = [] if head is None else [head]
+    removed: list[Removed] = []
+    for step in reversed(layout.steps_on_disk(directory)):
+        if head is not None and step == head.step:
+            continue
+        if head is None or step > head.step:
+            reason = "ahead of HEAD: an unfinished save, or left behind by a rewind"
+        elif len(kept) == keep:
+            reason = f"older than the newest {keep}"
+        else:
+            try:
+                kept.append(_intact(directory, step))
+                continue
+            except Damage as damage:
+                reason = f"not intact: {damage}"
+        folder = layout.step_directory(directory, step)
+        if layout.manifest_path(directory, step).exists():
+            disk.remove(layout.manifest_path(directory, step))
+        disk.remove_directory(folder)
+        removed.append(Removed(step=step, reason=reason))
+    if removed:
+        disk.sync_directory(directory)
+    needed = {sha256 for manifest in kept for sha256 in manifest.objects}
+    for entry in layout.objects_directory(directory).glob("*/*"):
+        if entry.name not in needed and layout.DIGEST.fullmatch(entry.name):
+            disk.remove(entry)
+    return tuple(removed)
+
+
+def _intact(directory: Path, step: int) -> Manifest:
+    """The manifest of a step whose objects are all there at their sizes; Damage if it is not."""
+    manifest, _ = read_manifest(directory, step)
+    for sha256, size in manifest.objects.items():
+        with disk.opened(layout.object_path(directory, sha256)) as (_, found):
+            if found != size:
+                raise Damage(f"object {sha256} has {found} bytes, not {size}")
+    return manifest
