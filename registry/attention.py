@@ -48,19 +48,40 @@ class Attention(Component):
     rope_theta: float = key("base of the rotary embedding", default=10000.0, above=1.0)
     local: LocalWindow | None = section("sliding-window layers between the global ones", optional=True)
 
+    @property
+    def score_width(self) -> int:
+        """Multiply-adds of one query-key pair: all heads' scores and values."""
+        raise NotImplementedError
+
+    @property
+    def saved_width(self) -> int:
+        """Elements of one token kept for backward."""
+        raise NotImplementedError
+
+    def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
+        """The tensors of one layer's attention."""
+        raise NotImplementedError
+
+    def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
+        """One layer's attention on torch's current default device."""
+        raise NotImplementedError
+
 
 @attrs.frozen(kw_only=True)
 class Mla(Attention):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
 
-    q_lora_rank: int | None = key("rank of the query's compression; absent: queries come straight from x", default=None, minimum=1)
-    kv_lora_rank: int = key("rank of the joint key and value compression", minimum=1)
-    qk_nope_head_dim: int = key("width of a head's query and key without position", minimum=1)
-    qk_rope_head_dim: int = key("width of a head's rotary query, and of the one rotary key", minimum=2)
-    v_head_dim: int = key("width of a head's value", minimum=1)
+    q_lora_rank: int | None = key(
+        "rank of the query's compression; absent: queries come straight from x", default=None, minimum=1, maximum=2**20
+    )
+    kv_lora_rank: int = key("rank of the joint key and value compression", minimum=1, maximum=2**20)
+    qk_nope_head_dim: int = key("width of a head's query and key without position", minimum=1, maximum=2**16)
+    qk_rope_head_dim: int = key("width of a head's rotary query, and of the one rotary key", minimum=2, maximum=2**16)
+    v_head_dim: int = key("width of a head's value", minimum=1, maximum=2**16)
 
     def check(self, config, path: str) -> Iterator[Problem]:
-        yield from divisible(f"{path}.qk_rope_head_dim", self.qk_rope_head_dim, "qk_rope_head_dim", 2, "the rotary pair")
+        width = self.qk_rope_head_dim
+        yield from divisible(f"{path}.qk_rope_head_dim", width, "qk_rope_head_dim", 2, "the rotary pair")
 
     @property
     def qk_head_dim(self) -> int:
@@ -75,23 +96,25 @@ class Mla(Attention):
     def saved_width(self) -> int:
         """Elements of one token kept for backward: compressed and full queries, keys and values, and the output."""
         queries = (self.q_lora_rank or 0) * 2 + self.num_heads * self.qk_head_dim
-        keys_values = self.kv_lora_rank * 2 + self.qk_rope_head_dim + self.num_heads * (self.qk_head_dim + self.v_head_dim)
-        return queries + keys_values + self.num_heads * self.v_head_dim
+        keys = self.kv_lora_rank * 2 + self.qk_rope_head_dim + self.num_heads * self.qk_head_dim
+        return queries + keys + 2 * self.num_heads * self.v_head_dim
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         heads = self.num_heads
+        q = heads * self.qk_head_dim
         if self.q_lora_rank is None:
-            yield Parameter(name=f"{prefix}.q_proj.weight", shape=(heads * self.qk_head_dim, hidden_size), role="matrix")
+            yield Parameter(name=f"{prefix}.q_proj.weight", shape=(q, hidden_size), role="matrix")
         else:
             yield Parameter(name=f"{prefix}.q_a_proj.weight", shape=(self.q_lora_rank, hidden_size), role="matrix")
             yield Parameter(name=f"{prefix}.q_a_norm.weight_D", shape=(self.q_lora_rank,), role="norm", init="ones")
-            yield Parameter(name=f"{prefix}.q_b_proj.weight", shape=(heads * self.qk_head_dim, self.q_lora_rank), role="matrix")
+            yield Parameter(name=f"{prefix}.q_b_proj.weight", shape=(q, self.q_lora_rank), role="matrix")
         kv_a = self.kv_lora_rank + self.qk_rope_head_dim
         yield Parameter(name=f"{prefix}.kv_a_proj.weight", shape=(kv_a, hidden_size), role="matrix")
         yield Parameter(name=f"{prefix}.kv_a_norm.weight_D", shape=(self.kv_lora_rank,), role="norm", init="ones")
         kv_b = heads * (self.qk_nope_head_dim + self.v_head_dim)
         yield Parameter(name=f"{prefix}.kv_b_proj.weight", shape=(kv_b, self.kv_lora_rank), role="matrix")
-        yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, heads * self.v_head_dim), role="matrix", init="residual")
+        v = heads * self.v_head_dim
+        yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, v), role="matrix", init="residual")
 
     def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
         from nmoe.model import mla
@@ -108,8 +131,10 @@ class Mla(Attention):
 class Gqa(Attention):
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245); num_kv_heads = num_heads is full attention."""
 
-    num_kv_heads: int = key("key and value heads, each shared by num_heads / num_kv_heads query heads", minimum=1)
-    head_dim: int = key("width of a head", minimum=2)
+    num_kv_heads: int = key(
+        "key and value heads, each shared by num_heads / num_kv_heads query heads", minimum=1, maximum=4096
+    )
+    head_dim: int = key("width of a head", minimum=2, maximum=2**16)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         yield from divisible(f"{path}.head_dim", self.head_dim, "head_dim", 2, "the rotary pair")

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import attrs
 
 from nmoe.registry.component import Component, divisible, key
+from nmoe.registry.router import pair_problems
 
 
 @attrs.frozen(kw_only=True)
 class Batch(Component):
     sequence_length: int = key("tokens of a sequence", minimum=1, maximum=2**24, unit="tokens")
     sequences: int = key("sequences of a step, over all ranks", minimum=1, maximum=2**24)
-    microbatch: int = key("sequences of a microbatch, the unit of arithmetic", minimum=1)
+    microbatch: int = key("sequences of a microbatch, the unit of arithmetic", minimum=1, maximum=2**24)
 
     @property
     def tokens_per_step(self) -> int:
@@ -23,3 +24,4 @@ class Batch(Component):
 
     def check(self, config, path: str) -> Iterator:
         yield from divisible(f"{path}.sequences", self.sequences, "sequences", self.microbatch, "microbatch")
+        yield from pair_problems(f"{path}.microbatch", self.microbatch, "microbatch", config)

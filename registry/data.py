@@ -14,6 +14,10 @@ class Tokenizer(Component):
 
     known_vocab_size: ClassVar[int | None] = None
 
+    def build(self):
+        """The tokenizer: text to ids, and the bytes of text that each id stands for."""
+        raise NotImplementedError
+
 
 @attrs.frozen(kw_only=True)
 class BytesTokenizer(Tokenizer):
@@ -59,6 +63,10 @@ class Data(Component):
 
     has_heldout: ClassVar[bool] = False
 
+    def build(self, *, seed: int, sequence_length: int):
+        """The training order: nmoe.data.mixture.Mixture."""
+        raise NotImplementedError
+
 
 @attrs.frozen(kw_only=True)
 class Corpus(Data):
@@ -79,10 +87,10 @@ class Corpus(Data):
             )
 
     def build(self, *, seed: int, sequence_length: int):
-        from nmoe.data import corpus
+        from nmoe.data.corpus import load
         from nmoe.data.mixture import Mixture
 
-        train = corpus.load(self.name, "train", self.tokenizer.build())
+        train = load(self.name, "train", self.tokenizer.build())
         return Mixture.single(train, seed=seed, sequence_length=sequence_length)
 
 
@@ -135,14 +143,22 @@ class MixtureData(Data):
             elif not any(stage.weights):
                 yield Problem(path=f"{here}.weights", message="every weight is 0", help="give one source a weight")
             if last and stage.until_tokens is not None:
-                yield Problem(path=f"{here}.until_tokens", message="the last stage has no end", help="remove until_tokens")
+                yield Problem(path=f"{here}.until_tokens", message="the last stage has no end", help="remove the key")
             if not last and stage.until_tokens is None:
                 yield Problem(path=here, message="only the last stage goes without `until_tokens`", help="add it")
             if stage.until_tokens is not None:
                 if stage.until_tokens <= previous:
                     yield Problem(
-                        path=f"{here}.until_tokens", message=f"the stage ends at {stage.until_tokens} tokens, where it begins or before",
+                        path=f"{here}.until_tokens",
+                        message=f"the stage ends at {stage.until_tokens} tokens, where it begins or before",
                         help=f"set it above {previous}",
+                    )
+                elif stage.until_tokens >= config.schedule.total_tokens:
+                    yield Problem(
+                        path=f"{here}.until_tokens",
+                        message=f"the stage ends at {stage.until_tokens} tokens, the schedule at "
+                        f"{config.schedule.total_tokens}: no later stage begins",
+                        help="set it below the schedule's total, or remove the stages after it",
                     )
                 elif stage.until_tokens % tokens_per_step:
                     yield Problem(

@@ -5,26 +5,34 @@ from collections.abc import Iterator
 import attrs
 
 from nmoe.registry.component import Component, Problem, key, section
+from nmoe.registry.router import pair_problems
 
 
 @attrs.frozen(kw_only=True)
 class Bpb(Component):
     """Bits per byte of held-out text: sum of -log2 p(token) over the bytes that the tokens stand for."""
 
-    every_tokens: int | None = key("tokens between evaluations; absent: only at the end", default=None, minimum=1, unit="tokens")
-    heldout: str | None = key("directory of held-out shards; the packaged text brings its own", default=None, outside=True)
-    sequences: int = key("sequences of one forward pass", default=8, minimum=1)
+    every_tokens: int | None = key(
+        "tokens between evaluations; absent: only at the end", default=None, minimum=1, unit="tokens"
+    )
+    heldout: str | None = key(
+        "directory of held-out shards; the packaged text brings its own", default=None, outside=True
+    )
+    sequences: int = key("sequences of one forward pass", default=8, minimum=1, maximum=2**20)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         if config.data.has_heldout and self.heldout is not None:
             yield Problem(
-                path=f"{path}.heldout", message="the packaged text brings its own held-out part", help="remove `heldout`"
+                path=f"{path}.heldout",
+                message="the packaged text brings its own held-out part",
+                help="remove `heldout`",
             )
         if not config.data.has_heldout and self.heldout is None:
             yield Problem(
                 path=path, message=f"[{path}] does not say what to score",
                 help="add `heldout`, a directory that `nmoe data prepare` wrote",
             )
+        yield from pair_problems(f"{path}.sequences", self.sequences, "sequences", config)
 
 
 @attrs.frozen(kw_only=True)

@@ -14,16 +14,15 @@ class Experts(Component):
 
     precision: ClassVar[str]
 
-    intermediate_size: int = key("hidden width of one expert", minimum=1)
+    intermediate_size: int = key("hidden width of one expert", minimum=1, maximum=2**20)
 
     def parameters(self, prefix: str, hidden_size: int, num_experts: int, active: float) -> Iterator[Parameter]:
         f = self.intermediate_size
         yield Parameter(
             name=f"{prefix}.w_gate_up_E2FD", shape=(num_experts, 2, f, hidden_size), role="expert", active=active
         )
-        yield Parameter(
-            name=f"{prefix}.w_down_EDF", shape=(num_experts, hidden_size, f), role="expert", init="residual", active=active
-        )
+        down = (num_experts, hidden_size, f)
+        yield Parameter(name=f"{prefix}.w_down_EDF", shape=down, role="expert", init="residual", active=active)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         if self.precision != "fp32" and config.model.dtype == "fp32":
@@ -32,6 +31,10 @@ class Experts(Component):
                 message=f"experts of kind `{self.precision}` need a model of dtype `bf16`, this one is `fp32`",
                 help='set kind = "fp32", or dtype = "bf16" in [model]',
             )
+
+    def build(self, hidden_size: int, num_experts: int):
+        """One layer's experts on torch's current default device; a plan of a kind without kernels is not runnable."""
+        raise NotImplementedError
 
 
 @attrs.frozen(kw_only=True)

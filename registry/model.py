@@ -13,7 +13,7 @@ from nmoe.registry.moe import Moe
 class Mlp(Component):
     """SwiGLU: y = W_down (silu(W_gate x) * W_up x)."""
 
-    intermediate_size: int = key("hidden width of the dense SwiGLU layers", minimum=1)
+    intermediate_size: int = key("hidden width of the dense SwiGLU layers", minimum=1, maximum=2**20)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         if config.model.num_dense_layers == 0:
@@ -75,6 +75,7 @@ class Model(Component):
         local = self.attention.local
         if self.is_global(layer) or local is None or not local.has_own_sizes:
             return self.attention
+        assert isinstance(local, Attention)
         return local
 
     def window_of(self, layer: int) -> int | None:
@@ -101,9 +102,10 @@ class Model(Component):
         yield Parameter(name="embedding.weight_VD", shape=(self.vocab_size, self.hidden_size), role="embedding")
         for layer in range(self.num_layers):
             prefix = f"layers.{layer}"
-            yield Parameter(name=f"{prefix}.attention_norm.weight_D", shape=(self.hidden_size,), role="norm", init="ones")
+            norm = (self.hidden_size,)
+            yield Parameter(name=f"{prefix}.attention_norm.weight_D", shape=norm, role="norm", init="ones")
             yield from self.attention_of(layer).parameters(f"{prefix}.attention", self.hidden_size)
-            yield Parameter(name=f"{prefix}.ffn_norm.weight_D", shape=(self.hidden_size,), role="norm", init="ones")
+            yield Parameter(name=f"{prefix}.ffn_norm.weight_D", shape=norm, role="norm", init="ones")
             if layer < self.num_dense_layers:
                 assert self.mlp is not None
                 yield from self.mlp.parameters(f"{prefix}.mlp", self.hidden_size)

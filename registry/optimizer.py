@@ -13,8 +13,8 @@ class Group(Component):
     """What every kind of group has. Norm weights (one-dimensional) never decay."""
 
     lr: float = key("peak learning rate", above=0.0, maximum=1000.0)
-    lr_floor: float = key("learning rate where the schedule's factor is 0", default=0.0, minimum=0.0)
-    weight_decay: float = key("decoupled weight decay of the matrices, times the rate", default=0.1, minimum=0.0)
+    lr_floor: float = key("learning rate where the schedule's factor is 0", default=0.0, minimum=0.0, maximum=1000.0)
+    weight_decay: float = key("decoupled weight decay of the matrices, times the rate", default=0.1, minimum=0.0, maximum=1000.0)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         if self.lr_floor > self.lr:
@@ -22,6 +22,12 @@ class Group(Component):
                 path=f"{path}.lr_floor",
                 message=f"the floor {self.lr_floor} is above the peak {self.lr}",
                 help="set lr_floor below lr",
+            )
+        if self.lr * self.weight_decay >= 1.0:
+            yield Problem(
+                path=f"{path}.weight_decay",
+                message=f"lr * weight_decay = {self.lr * self.weight_decay:g}: one step would decay a weight to nothing",
+                help=f"set weight_decay below {1 / self.lr:g}",
             )
 
 
@@ -31,7 +37,7 @@ class AdamW(Group):
 
     beta1: float = key("decay of the first moment", default=0.9, minimum=0.0, below=1.0)
     beta2: float = key("decay of the second moment", default=0.95, minimum=0.0, below=1.0)
-    eps: float = key("added to the root of the second moment", default=1e-8, above=0.0)
+    eps: float = key("added to the root of the second moment", default=1e-8, above=0.0, maximum=1.0)
 
     def build(self, *, name: str, parameters, state_dtype, rounding):
         from nmoe.optim.adamw import AdamW as Run
@@ -49,9 +55,11 @@ class Muon(Group):
     momentum: float = key("decay of the momentum", default=0.95, minimum=0.0, below=1.0)
     nesterov: bool = key("look one step ahead", default=True)
     ns_steps: int = key("Newton-Schulz iterations", default=5, minimum=1, maximum=99)
-    ns_coefficients: tuple[float, float, float] = key("a, b, c of X <- aX + b(XX')X + c(XX')^2 X", default=(3.4445, -4.775, 2.0315))
+    ns_coefficients: tuple[float, float, float] = key(
+        "a, b, c of X <- aX + b(XX')X + c(XX')^2 X", default=(3.4445, -4.775, 2.0315), minimum=-1e3, maximum=1e3
+    )
     ns_dtype: str = key("dtype of the iteration", default="bf16", choices=("bf16", "fp32"))
-    eps: float = key("lower bound of the norm that the momentum is divided by", default=1e-7, above=0.0)
+    eps: float = key("lower bound of the norm that the momentum is divided by", default=1e-7, above=0.0, maximum=1.0)
     adjust_lr: str = key(
         "factor on the rate, by a matrix's shape (torch.optim.Muon's names)",
         default="match_rms_adamw", choices=("original", "match_rms_adamw"),

@@ -15,7 +15,7 @@ class Router(Component):
     runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
 
     num_experts: int = key("routed experts of a layer", minimum=1, maximum=65536)
-    top_k: int = key("experts that a token uses", minimum=1)
+    top_k: int = key("experts that a token uses", minimum=1, maximum=65536)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         if self.top_k > self.num_experts:
@@ -28,6 +28,23 @@ class Router(Component):
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         yield Parameter(name=f"{prefix}.weight_ED", shape=(self.num_experts, hidden_size), role="router")
 
+    def build(self, hidden_size: int):
+        """One layer's router on torch's current default device."""
+        raise NotImplementedError
+
+
+def pair_problems(path: str, sequences: int, name: str, config) -> Iterator[Problem]:
+    """Rows of one pass are counted in 32-bit integers: tokens, or (token, expert) pairs of a MoE model."""
+    pairs = 1 if config.model.moe is None else config.model.moe.router.top_k
+    rows = sequences * config.batch.sequence_length * pairs
+    if rows >= 2**31:
+        most = (2**31 - 1) // (config.batch.sequence_length * pairs)
+        yield Problem(
+            path=path,
+            message=f"`{name}` = {sequences} makes {rows} rows of one pass, more than 2^31 - 1",
+            help=f"set {name} to at most {most}" if most else "shorten the sequences",
+        )
+
 
 @attrs.frozen(kw_only=True)
 class SigmoidRouter(Router):
@@ -38,8 +55,12 @@ class SigmoidRouter(Router):
     bias_update_rate if it got fewer tokens than the mean, and falls if it got more.
     """
 
-    route_scale: float = key("factor on the weights after they are renormalised over the chosen", default=1.0, above=0.0)
-    bias_update_rate: float = key("step of the selection bias; 0 keeps it at zero", default=0.001, minimum=0.0)
+    route_scale: float = key(
+        "factor on the weights after they are renormalised over the chosen", default=1.0, above=0.0, maximum=1e6
+    )
+    bias_update_rate: float = key(
+        "step of the selection bias; 0 keeps it at zero", default=0.001, minimum=0.0, maximum=1.0
+    )
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SigmoidRouter as Run

@@ -65,11 +65,8 @@ def layer_types(plan: Plan) -> tuple[LayerType, ...]:
 def draw(plan: Plan, path: Path) -> None:
     """Write the picture; the name's ending says which kind. Raises ConfigError for another ending."""
     if path.suffix not in (".svg", ".mmd"):
-        raise ConfigError(
-            Diagnostic(
-                code="N0121", message=f"cannot draw into `{path}`", place="--graph", help="let the name end in .svg or .mmd"
-            )
-        )
+        message, way = f"cannot draw into `{path}`", "let the name end in .svg or .mmd"
+        raise ConfigError(Diagnostic(code="N0121", message=message, place="--graph", help=way))
     text = svg(plan) if path.suffix == ".svg" else mermaid(plan)
     try:
         path.write_text(text, encoding="utf-8")
@@ -104,7 +101,8 @@ def mermaid(plan: Plan) -> str:
         while stop + 1 < model.num_layers and kind_of[stop + 1] is kind_of[start]:
             stop += 1
         called = f"layer {start}" if stop == start else f"layers {start} to {stop}"
-        title = f"{called}<br/>{kind_of[start].attention_title}<br/>{_ffn_title(plan, kind_of[start])}"
+        shared = f" + {model.moe.num_shared_experts} shared" if model.moe and not kind_of[start].dense else ""
+        title = f"{called}<br/>{kind_of[start].attention_title}<br/>{_ffn_title(plan, kind_of[start])}{shared}"
         lines += [f'  layer{start}["{title}"]', f"  {previous} --> layer{start}"]
         previous, start = f"layer{start}", stop + 1
     lines += [
@@ -119,21 +117,28 @@ def _ffn_title(plan: Plan, layer: LayerType) -> str:
     if layer.dense or model.moe is None:
         return f"dense SwiGLU {model.mlp.intermediate_size if model.mlp else ''}"
     moe = model.moe
-    shared = f" + {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
-    return f"MoE: {moe.router.top_k} of {moe.router.num_experts} experts{shared}"
+    return f"MoE: {moe.router.top_k} of {moe.router.num_experts} experts"
 
 
-def text(x: float, y: float, words: str, *, big: float = 13, ink: str = INK, bold: bool = False, end: str = "start") -> str:
+def text(
+    x: float, y: float, words: str, *, big: float = 13, ink: str = INK, bold: bool = False, end: str = "start"
+) -> str:
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{big:g}" fill="{ink}" text-anchor="{end}"{weight}>{escape(words)}</text>'
+    place = f'x="{x:g}" y="{y:g}" font-size="{big:g}" fill="{ink}" text-anchor="{end}"{weight}'
+    return f"<text {place}>{escape(words)}</text>"
 
 
-def box(x: float, y: float, w: float, h: float, fill: str, *, line: str = "none", round: float = 6) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{round:g}" fill="{fill}" stroke="{line}"/>'
+def box(x: float, y: float, w: float, h: float, fill: str, *, edge: str = "none", corner: float = 6) -> str:
+    return f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" rx="{corner:g}" fill="{fill}" stroke="{edge}"/>'
 
 
 def arrow(x: float, y: float, to_x: float, to_y: float) -> str:
-    return f'<path d="M{x:g} {y:g} L{to_x:g} {to_y:g}" stroke="{SOFT}" stroke-width="1.4" fill="none" marker-end="url(#tip)"/>'
+    return stroke(f"M{x:g} {y:g} L{to_x:g} {to_y:g}", tip=True)
+
+
+def stroke(path: str, *, tip: bool = False) -> str:
+    marker = ' marker-end="url(#tip)"' if tip else ""
+    return f'<path d="{path}" stroke="{SOFT}" stroke-width="1.4" fill="none"{marker}/>'
 
 
 def svg(plan: Plan) -> str:
@@ -146,7 +151,7 @@ def svg(plan: Plan) -> str:
         'font-family="Inter, Helvetica, Arial, sans-serif">',
         f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         f'<path d="M0 0 L8 4 L0 8 z" fill="{SOFT}"/></marker></defs>',
-        box(0, 0, 940, height, PAPER, round=0),
+        box(0, 0, 940, height, PAPER, corner=0),
         *_title(plan),
         *_strip(plan, types, rows_high),
     ]
@@ -158,10 +163,10 @@ def svg(plan: Plan) -> str:
 def _title(plan: Plan) -> Iterator[str]:
     share = plan.parameters_active / plan.parameters_total
     yield text(LEFT, 52, ascii_text(plan.name.removesuffix(".toml")), big=28, bold=True)
-    yield text(
-        LEFT, 80, f"{human(plan.parameters_total)} parameters, {human(plan.parameters_active)} ({share:.0%}) active for a "
-        f"token, {human(plan.flops_per_token)}FLOP a token in training", big=14, ink=SOFT,
-    )  # fmt: skip
+    active = f"{human(plan.parameters_active)} ({share:.0%}) active for a token"
+    work = human(plan.flops_per_token).replace("B", "G")
+    said = f"{human(plan.parameters_total)} parameters, {active}, {work}FLOP a token in training"
+    yield text(LEFT, 80, said, big=14, ink=SOFT)
     yield text(LEFT, 102, f"fingerprint {plan.fingerprint[:16]}", big=12, ink=SOFT)
 
 
@@ -172,15 +177,15 @@ def _strip(plan: Plan, types: tuple[LayerType, ...], high: float) -> Iterator[st
     end_high = 40.0
     row = min(34.0, (high - 2 * end_high - 28) / model.num_layers)
     wide, x, y = 200, LEFT, float(TOP)
-    yield box(x, y, wide, end_high, ENDS, line=LINE)
+    yield box(x, y, wide, end_high, ENDS, edge=LINE)
     yield text(x + wide / 2, y + 25, f"embedding {model.vocab_size:,} x {model.hidden_size:,}", end="middle")
     y += end_high + 14
     yield arrow(x + wide / 2, y - 13, x + wide / 2, y - 2)
     for layer in range(model.num_layers):
         kind = letters[layer]
         gap = 3 if row > 9 else 1
-        yield box(x, y, 98, row - gap, GLOBAL if kind.window is None else LOCAL, round=min(4, row / 4))
-        yield box(x + 102, y, 98, row - gap, DENSE if kind.dense else MOE, round=min(4, row / 4))
+        yield box(x, y, 98, row - gap, GLOBAL if kind.window is None else LOCAL, corner=min(4, row / 4))
+        yield box(x + 102, y, 98, row - gap, DENSE if kind.dense else MOE, corner=min(4, row / 4))
         every = 1 if row >= 12 else 10
         if layer % every == 0 or layer == model.num_layers - 1:
             yield text(x - 8, y + row / 2 + 2.5, str(layer), big=10, ink=SOFT, end="end")
@@ -188,30 +193,30 @@ def _strip(plan: Plan, types: tuple[LayerType, ...], high: float) -> Iterator[st
         y += row
     y += 14
     yield arrow(x + wide / 2, y - 15, x + wide / 2, y - 2)
-    yield box(x, y, wide, end_high, ENDS, line=LINE)
+    yield box(x, y, wide, end_high, ENDS, edge=LINE)
     yield text(x + wide / 2, y + 25, f"norm, head {model.hidden_size:,} x {model.vocab_size:,}", end="middle")
 
 
 def _card(plan: Plan, layer: LayerType, x: float, y: float) -> Iterator[str]:
     """One distinct layer: attention on the left, feed-forward on the right, both added to the stream."""
     count = len(layer.layers)
-    yield box(x, y, CARD_WIDTH, CARD_HEIGHT, "#fbfcfd", line=LINE, round=10)
+    yield box(x, y, CARD_WIDTH, CARD_HEIGHT, "#fbfcfd", edge=LINE, corner=10)
     yield text(x + 18, y + 30, layer.letter, big=18, bold=True)
     yield text(x + 42, y + 29, f"{count} layer{'s' if count > 1 else ''}", big=14)
     yield text(x + CARD_WIDTH - 18, y + 29, f"{human(layer.parameters)} parameters each", big=12, ink=SOFT, end="end")
     top, high = y + 48, CARD_HEIGHT - 90
     left, right, wide = x + 18, x + 290, 252
     color = GLOBAL if layer.window is None else LOCAL
-    yield box(left, top, wide, high, PAPER, line=color)
-    yield box(left, top, 6, high, color, round=3)
+    yield box(left, top, wide, high, PAPER, edge=color)
+    yield box(left, top, 6, high, color, corner=3)
     yield text(left + 20, top + 24, layer.attention_title, big=14, bold=True)
-    for number, line in enumerate(attention_lines(layer.attention)):
-        yield text(left + 20, top + 48 + 21 * number, line, big=12, ink=SOFT)
+    for number, words in enumerate(attention_lines(layer.attention)):
+        yield text(left + 20, top + 48 + 21 * number, words, big=12, ink=SOFT)
     stream = y + CARD_HEIGHT - 20
     yield arrow(x + 18, stream, x + CARD_WIDTH - 18, stream)
     for at in (left + wide / 2, right + wide / 2):
-        yield f'<path d="M{at - 60:g} {stream:g} V{top + high + 2:g}" stroke="{SOFT}" stroke-width="1.4" marker-end="url(#tip)"/>'
-        yield f'<path d="M{at + 60:g} {top + high:g} V{stream - 9:g}" stroke="{SOFT}" stroke-width="1.4"/>'
+        yield stroke(f"M{at - 60:g} {stream:g} V{top + high + 2:g}", tip=True)
+        yield stroke(f"M{at + 60:g} {top + high:g} V{stream - 9:g}")
         yield f'<circle cx="{at + 60:g}" cy="{stream:g}" r="8" fill="{PAPER}" stroke="{SOFT}" stroke-width="1.4"/>'
         yield text(at + 60, stream + 4.5, "+", ink=SOFT, end="middle")
         yield text(at - 66, stream - 6, "norm", big=10, ink=SOFT, end="end")
@@ -221,19 +226,22 @@ def _card(plan: Plan, layer: LayerType, x: float, y: float) -> Iterator[str]:
 def _feed_forward(plan: Plan, layer: LayerType, x: float, y: float, wide: float, high: float) -> Iterator[str]:
     model = plan.config.model
     color = DENSE if layer.dense else MOE
-    yield box(x, y, wide, high, PAPER, line=color)
-    yield box(x, y, 6, high, color, round=3)
+    yield box(x, y, wide, high, PAPER, edge=color)
+    yield box(x, y, 6, high, color, corner=3)
     yield text(x + 20, y + 24, _ffn_title(plan, layer), big=14, bold=True)
     if layer.dense or model.moe is None:
-        yield text(x + 20, y + 48, f"{model.hidden_size:,} to {model.mlp.intermediate_size if model.mlp else 0:,} and back", big=12, ink=SOFT)
+        wide_to = model.mlp.intermediate_size if model.mlp else 0
+        yield text(x + 20, y + 48, f"{model.hidden_size:,} to {wide_to:,} and back", big=12, ink=SOFT)
         return
     moe = model.moe
     kind = plan.tree["model"]["moe"]
-    yield text(
-        x + 20, y + 46, f"{kind['router']['kind']} router, {kind['experts']['kind']} experts of {moe.experts.intermediate_size:,}",
-        big=12, ink=SOFT,
-    )  # fmt: skip
-    yield from _experts(moe.router.num_experts, moe.router.top_k, moe.num_shared_experts, x + 20, y + 58, wide - 36, high - 68)
+    shared = f", {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+    precision, width = kind["experts"]["kind"], moe.experts.intermediate_size
+    said = f"{kind['router']['kind']} router{shared}, {precision}, width {width:,}"
+    yield text(x + 20, y + 46, said, big=12, ink=SOFT)
+    yield from _experts(
+        moe.router.num_experts, moe.router.top_k, moe.num_shared_experts, x + 20, y + 58, wide - 36, high - 68
+    )
 
 
 def _experts(count: int, chosen: int, shared: int, x: float, y: float, wide: float, high: float) -> Iterator[str]:
@@ -253,4 +261,5 @@ def _experts(count: int, chosen: int, shared: int, x: float, y: float, wide: flo
     for cell in range(cells):
         place = cell if cell < ahead else cell + (1 if ahead else 0)
         fill = INK if cell < ahead else MOE if cell - ahead in picked else "#f6e3cf"
-        yield box(x + place % columns * side, y + place // columns * side, side * 0.82, side * 0.82, fill, round=side * 0.15)
+        at_x, at_y = x + place % columns * side, y + place // columns * side
+        yield box(at_x, at_y, side * 0.82, side * 0.82, fill, corner=side * 0.15)

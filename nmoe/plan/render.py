@@ -47,7 +47,7 @@ def _head(plan: Plan) -> Iterator[str]:
 
 def ascii_text(text: str) -> str:
     """Text without the characters that a terminal or another encoding would change."""
-    return json.dumps(text)[1:-1]
+    return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
 def value_text(value: Any) -> str:
@@ -78,7 +78,7 @@ def _sections(plan: Plan, table: dict[str, Any], name: str, place: str) -> Itera
                 beside = ", ".join(filter(None, (beside, "outside the fingerprint")))
             text = value_text(table[key]) if key in table else "-"
             left = f"  {key.ljust(NAME_WIDTH)} {text}"
-            yield f"{left.ljust(NAME_WIDTH + VALUE_WIDTH + 8)}{'' if len(left) < NAME_WIDTH + VALUE_WIDTH + 8 else '  '}{beside}"
+            yield f"{left.ljust(NAME_WIDTH + VALUE_WIDTH + 6)}  {beside}"
     for field in fields.values():
         if not is_section(field) or field.name not in table:
             continue

@@ -13,7 +13,8 @@ from typing import Any
 
 from nmoe.errors import ConfigError, Diagnostic
 from nmoe.plan import fingerprint
-from nmoe.plan.cost import cost_of
+from nmoe.plan.canonical import MAX_INT
+from nmoe.plan.cost import Cost, cost_of
 from nmoe.plan.groups import group_rows
 from nmoe.plan.layers import Tree, load, load_text
 from nmoe.plan.plan import Milestone, Plan
@@ -113,11 +114,28 @@ def _check_ranks(config: Config, ranks: int, ranks_per_node: int) -> None:
         raise ConfigError([Diagnostic(code="N0119", message=m, place="--ranks", help=h) for m, h in found])
 
 
+def _check_sizes(tree: Tree, cost: Cost) -> None:
+    """Everything that a plan counts has to be an integer that every reader of its JSON keeps exactly."""
+    findings = Findings(tree)
+    counts = {
+        "parameters": cost.parameters_total,
+        "FLOPs for a token": cost.flops_per_token,
+        "bytes of memory": cost.memory_bytes_per_rank["total"],
+    }
+    for name, count in counts.items():
+        if count > MAX_INT:
+            message = f"the model has {float(count):.3g} {name}, more than 2^53 - 1"
+            findings.add("N0120", ("model",), message, at="key", help="make it smaller")
+    if findings:
+        raise ConfigError(findings.sorted())
+
+
 def _complete(tree: Tree, config: Config, ranks: int, ranks_per_node: int) -> Plan:
     plain = fingerprint.tree_of(config)
     sections = fingerprint.digests(config)
     kinds = {name: plain["optimizer"][name]["kind"] for name in config.optimizer.groups()}
     cost = cost_of(config, kinds, ranks=ranks, ranks_per_node=ranks_per_node)
+    _check_sizes(tree, cost)
     per_step, total = config.batch.tokens_per_step, config.schedule.total_tokens
     reasons = tuple(
         f"{_name_of(path, spec)} has no kernels for {config.platform.target} yet"

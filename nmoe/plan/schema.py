@@ -8,12 +8,12 @@ from typing import Any, get_args, get_origin
 
 import attrs
 
+from nmoe.plan.canonical import MAX_INT
 from nmoe.plan.structure import fields_of, is_array, is_section, type_of
 from nmoe.registry.table import TABLE
 
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string"}
 BOUNDS = {"minimum": "minimum", "above": "exclusiveMinimum", "maximum": "maximum", "below": "exclusiveMaximum"}
-MAX_INT = 2**53 - 1
 
 
 def schema() -> dict[str, Any]:

@@ -19,13 +19,13 @@ import attrs
 import tomli
 
 from nmoe.errors import ConfigError, Diagnostic
+from nmoe.plan.canonical import MAX_INT
 from nmoe.plan.positions import Mark, Path, Scanner, Span
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 16
 MAX_WORD = 256
 MAX_PARTS = 16
-MAX_INT = 2**53 - 1
 LINE_SHOWN = 120
 
 TOKEN = re.compile(
