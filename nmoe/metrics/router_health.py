@@ -1,0 +1,99 @@
+"""How evenly a router spreads its tokens, from one step's counts.
+
+With n_e the pairs that expert e of E got in the step and p_e = n_e / sum of n:
+
+    entropy    -sum p_e ln p_e / ln E     1 if even, 0 if one expert has everything (1 if E = 1)
+    load_cv    sqrt(mean of (n_e - mean)^2) / mean
+    load_max, load_min                    over the mean load, so 1 is even
+    dead       experts with n_e = 0
+
+and of the selection biases b_e their smallest, largest and the range between. The load is the one
+over all microbatches and ranks: the entropy of the mean load, not a mean of entropies. All in
+float64, on the host; read the counts before the router's bias update clears them.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import attrs
+import torch
+
+from nmoe.errors import fail
+
+
+@attrs.frozen(kw_only=True)
+class Health:
+    """One layer's figures of one step; see the module for each."""
+
+    entropy: float
+    load_cv: float
+    load_max: float
+    load_min: float
+    dead_experts: int
+    bias_min: float
+    bias_max: float
+
+    @property
+    def bias_range(self) -> float:
+        return self.bias_max - self.bias_min
+
+
+Row = tuple[str, int | None, int | None, float]
+"""A row of the ledger: (name, layer, expert, value)."""
+
+
+def health(load_E: torch.Tensor, bias_E: torch.Tensor) -> Health:
+    """Figures of one layer. load_E: int64 counts of a step. bias_E: selection biases.
+
+    RunError N0406 if nothing was routed: the counts were read in evaluation or after they were cleared.
+    """
+    load = load_E.double().cpu()
+    total = load.sum()
+    if not total > 0:
+        raise fail(
+            "N0406",
+            "a router has counted no tokens in the step",
+            place=f"{load.numel()} experts",
+            help="read load_E after a training forward and before update_bias",
+        )
+    share = load / total
+    mean = total / load.numel()
+    nats = -torch.xlogy(share, share).sum()
+    even = torch.tensor(float(load.numel()), dtype=torch.float64).log()
+    return Health(
+        entropy=float(nats / even) if load.numel() > 1 else 1.0,
+        load_cv=float((load - mean).square().mean().sqrt() / mean),
+        load_max=float(load.max() / mean),
+        load_min=float(load.min() / mean),
+        dead_experts=int((load == 0).sum()),
+        bias_min=float(bias_E.min()),
+        bias_max=float(bias_E.max()),
+    )
+
+
+def rows(layers: Mapping[int, Health]) -> Iterator[Row]:
+    """Rows of all MoE layers, by layer index, and of the aggregates over them. Nothing for no layer."""
+    for layer, one in layers.items():
+        yield "router/entropy", layer, None, one.entropy
+        yield "router/load_cv", layer, None, one.load_cv
+        yield "router/load_max", layer, None, one.load_max
+        yield "router/load_min", layer, None, one.load_min
+        yield "router/dead_experts", layer, None, float(one.dead_experts)
+        yield "router/bias_min", layer, None, one.bias_min
+        yield "router/bias_max", layer, None, one.bias_max
+        yield "router/bias_range", layer, None, one.bias_range
+    every = list(layers.values())
+    if every:
+        yield "router/mean_entropy", None, None, sum(one.entropy for one in every) / len(every)
+        yield "router/min_entropy", None, None, min(one.entropy for one in every)
+        yield "router/mean_load_cv", None, None, sum(one.load_cv for one in every) / len(every)
+        yield "router/max_load", None, None, max(one.load_max for one in every)
+        yield "router/min_load", None, None, min(one.load_min for one in every)
+        yield "router/total_dead_experts", None, None, float(sum(one.dead_experts for one in every))
+        yield "router/max_bias_range", None, None, max(one.bias_range for one in every)
+
+
+def expert_rows(layer: int, load_E: torch.Tensor) -> Iterator[Row]:
+    """Each expert's load over the mean, one layer: the picture behind the figures."""
+    load = load_E.double().cpu()
+    for expert, value in enumerate((load / load.mean()).tolist()):
+        yield "router/expert_load", layer, expert, value
