@@ -237,7 +237,7 @@ def _feed_forward(plan: Plan, layer: LayerType, x: float, y: float, wide: float,
     kind = plan.tree["model"]["moe"]
     shared = f", {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
     precision, width = kind["experts"]["kind"], moe.experts.intermediate_size
-    said = f"{kind['router']['kind']} router{shared}, {precision}, width {width:,}"
+    said = f"{kind['router']['kind']}{shared}, {precision}, width {width:,}"
     yield text(x + 20, y + 46, said, big=12, ink=SOFT)
     yield from _experts(
         moe.router.num_experts, moe.router.top_k, moe.num_shared_experts, x + 20, y + 58, wide - 36, high - 68
