@@ -1,0 +1,60 @@
+"""Text that ships with the package, so that a fresh machine can train on something real.
+
+`shakespeare`: Shakespeare's plays (ORIGIN.md beside this file says where they come from and how
+`make.py` cleaned them). 36 plays train; Macbeth and Twelfth Night are held out whole, 4.3 % of the
+bytes, so that no sentence of a scored play has been read. Both the packed and the unpacked bytes
+are compared with the digests below before a token is made of them.
+"""
+
+import hashlib
+import lzma
+from importlib.resources import files
+
+from nmoe.data.source import Encoder, MemorySource
+from nmoe.errors import fail
+
+SEPARATOR = "\x1e"
+
+# (name, part) -> unpacked bytes, SHA-256 packed, SHA-256 unpacked
+DIGESTS = {
+    ("shakespeare", "train"): (
+        4_741_444,
+        "7abaa55adf5884755c9b855171af0d672d649bdd0a3566d8cfafb87156ce92d0",
+        "997d5f617a5972a06fddd9e7575287780e935bbf07c0c7ebc360c11ded918763",
+    ),
+    ("shakespeare", "heldout"): (
+        214_210,
+        "83a5acaf1dcc1d5f1ae9bd6f3fdac214fb39f083a3c12a612e9baa857829f6ec",
+        "dc155e43f9d9dbcadd186a1d1631a0abd28fadc7d1d0e022ffc19c751a846add",
+    ),
+}
+
+
+def documents(name: str, part: str) -> list[str]:
+    """The texts of one part ("train" or "heldout"), in their fixed order.
+
+    Raises RunError N0201 where the installed file is not the one that this version was made with.
+    """
+    num_bytes, packed_sha256, sha256 = DIGESTS[name, part]
+    file = f"{name}.{part}.txt.xz"
+    packed = files(__name__).joinpath(file).read_bytes()
+    _compare(file, "packed", packed, packed_sha256)
+    text = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=2**28).decompress(packed, max_length=num_bytes + 1)
+    _compare(file, "unpacked", text, sha256)
+    return text.decode("ascii").split(SEPARATOR)[:-1]
+
+
+def _compare(file: str, state: str, content: bytes, expected: str) -> None:
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected:
+        raise fail(
+            "N0201",
+            f"the packaged text `{file}` is damaged ({state})",
+            help="install nmoe again",
+            notes=(f"expected SHA-256 {expected}", f"found {found}"),
+        )
+
+
+def load(name: str, part: str, tokenizer: Encoder) -> MemorySource:
+    """One part of a packaged text as tokens in memory; a TokenSource."""
+    return MemorySource(documents(name, part), tokenizer)
