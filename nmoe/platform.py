@@ -99,8 +99,8 @@ REFUSED = {
 
 # Families whose other members are recorded, and change no bit.
 FAMILIES = (
-    "NCCL_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "TORCH", "PYTORCH_", "TRITON_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_",
-    "OMP_", "KMP_", "GOMP_", "OPENBLAS_", "NPY_", "GLOO_", "MALLOC_",
+    "NCCL_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "TORCH", "PYTORCH_", "TRITON_", "MKL_", "ONEDNN_", "DNNL_",
+    "ATEN_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_", "NPY_", "GLOO_", "MALLOC_",
 )  # fmt: skip
 RECORDED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONHASHSEED")
 
@@ -209,7 +209,7 @@ def require(target: str, threads: int | None) -> None:
         if torch.get_num_threads() != threads:
             raise fail("N0606", f"torch uses {torch.get_num_threads()} threads where the plan has {threads}")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -316,6 +316,11 @@ def host_name() -> str:
 def boot_id() -> str:
     """The kernel's name for this boot: equal only for processes of one running kernel; empty where there is none."""
     return _read("/proc/sys/kernel/random/boot_id")
+
+
+def machine_id() -> str:
+    """The installed system's name for itself; empty where it has none, as in many containers."""
+    return _read("/etc/machine-id")
 
 
 @attrs.frozen(kw_only=True)

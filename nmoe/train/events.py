@@ -1,0 +1,99 @@
+"""RUN/events.jsonl: what has happened to a run, one JSON object a line, each durable before anything follows.
+
+Every event has `time` (UTC), `event`, `lineage` and `attempt`. A kill can tear the last line only; the
+next owner cuts the torn end off and says so in an event of its own. The ledger is also where the
+attempt counter and the lineage live: the last line has them.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nmoe.checkpoint import disk
+from nmoe.checkpoint.disk import Damage
+from nmoe.errors import fail
+from nmoe.train.run_lock import now
+
+NAME = "events.jsonl"
+LIMIT = 1 << 30
+
+
+@attrs.frozen(kw_only=True)
+class Past:
+    """What the events say of a run so far. lineage is empty and attempt 0 where there are none."""
+
+    lineage: str
+    attempt: int
+    events: tuple[dict[str, Any], ...]
+
+
+def read(run: Path) -> Past:
+    """The events up to a torn end, if there is one. RunError N0316 for a line that no writer leaves."""
+    content, _ = _split(run)
+    events = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        try:
+            event = json.loads(line)
+            if not isinstance(event["event"], str) or not isinstance(event["lineage"], str):
+                raise ValueError("an event and its lineage are texts")
+            if type(event["attempt"]) is not int:
+                raise ValueError("an attempt is a number")
+        except (ValueError, KeyError, TypeError, RecursionError) as cause:
+            raise fail(
+                "N0316", f"line {number} of the run's events cannot be read: {cause}", place=str(run / NAME),
+                help="restore the file from a copy; a kill can tear its last line only",
+            ) from cause  # fmt: skip
+        events.append(event)
+    return Past(
+        lineage=events[-1]["lineage"] if events else "",
+        attempt=max((event["attempt"] for event in events), default=0),
+        events=tuple(events),
+    )
+
+
+def repair(run: Path) -> str:
+    """Cuts a torn last line off and returns it, '' if there was none. Only the run's owner may call it."""
+    content, torn = _split(run)
+    if torn:
+        with disk.naming("repair", run / NAME):
+            descriptor = os.open(run / NAME, os.O_WRONLY)
+            try:
+                os.ftruncate(descriptor, len(content))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    return torn.decode("utf-8", errors="replace")
+
+
+def append(run: Path, event: str, *, lineage: str, attempt: int, **fields: Any) -> None:
+    """Adds one event, durably. fields: anything that JSON can say, finite numbers only."""
+    record = {"time": now(), "event": event, "lineage": lineage, "attempt": attempt, **fields}
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    path = run / NAME
+    is_new = not path.exists()
+    with disk.naming("append to", path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            rest = memoryview(line)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    if is_new:
+        disk.sync_directory(run)
+
+
+def _split(run: Path) -> tuple[bytes, bytes]:
+    """(whole lines, torn end) of the file; nothing where there is no file."""
+    if not (run / NAME).exists():
+        return b"", b""
+    try:
+        content = disk.read(run / NAME, limit=LIMIT)
+    except Damage as damage:
+        raise fail("N0316", f"the run's events cannot be read: the file {damage}", place=str(run / NAME)) from damage
+    end = content.rfind(b"\n") + 1
+    return content[:end], content[end:]

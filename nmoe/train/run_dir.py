@@ -1,0 +1,196 @@
+"""A run's directory: what it was asked to do, what has happened to it, and its checkpoints.
+
+    RUN/config.toml      the config as its author wrote it         RUN/lock, owner.json   its one owner
+    RUN/resolved.toml    every value of the plan, as a config      RUN/events.jsonl       its history
+    RUN/plan.json        `nmoe build --json` of it                 RUN/checkpoints/       its states
+    RUN/env.json         the environment of the newest attempt
+
+A directory belongs to one fingerprint. The same plan again continues it; keys outside the
+fingerprint may differ from start to start, and then the three files and an event say so. Another
+fingerprint is refused with the keys that differ. plan.json is written last: a directory that has
+it is a whole run, one without it was killed while it was being made and is made again.
+"""
+
+import contextlib
+import json
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nmoe.checkpoint import disk
+from nmoe.checkpoint.disk import Damage
+from nmoe.checkpoint.reader import head_step
+from nmoe.errors import fail
+from nmoe.plan.diff import differing, flat
+from nmoe.plan.fingerprint import is_outside
+from nmoe.plan.plan import Plan
+from nmoe.plan.toml import toml_of
+from nmoe.train import events, run_lock
+
+PLAN_LIMIT = 1 << 26
+FILES = ("config.toml", "resolved.toml", "plan.json", "env.json", events.NAME, run_lock.LOCK, run_lock.OWNER)
+CHECKPOINTS = "checkpoints"
+
+
+class RunDir:
+    """An open run that this process owns, until `close` or the end of a with block.
+
+    path: absolute. name: the directory's, which the metrics go by. lineage: of the states, 32 hex
+    digits drawn from the system when the run is made or a new line is begun. attempt: counts starts
+    from 1. continues: whether an attempt has been here before.
+    """
+
+    def __init__(self, path: Path, plan: Plan, config_text: str):
+        self.path = path
+        self.name = path.name
+        self._stack = contextlib.ExitStack()
+        self._stack.__enter__()
+        try:
+            before = self._claim()
+            torn = events.repair(path)
+            past = events.read(path)
+            stored = self._stored_plan(past)
+            if stored is not None:
+                _check_same(path, stored, plan)
+            self.continues = past.attempt > 0
+            self.lineage = past.lineage or uuid.uuid4().hex
+            self.attempt = past.attempt + 1
+            self.event("start", fingerprint=plan.fingerprint, tree_digest=plan.tree_digest)
+            if torn:
+                self.event("repair", file=events.NAME, removed=torn[:1000])
+            if before is not None:
+                self.event("takeover", owner=str(before))
+            if stored is not None and stored["tree_digest"] != plan.tree_digest:
+                self.event("changed", keys=[_line(*item) for item in _differing(stored, plan)])
+            self._write("config.toml", config_text)
+            self._write("resolved.toml", toml_of(plan.tree))
+            self._write("plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+        except BaseException:
+            self._stack.close()
+            raise
+
+    @classmethod
+    def open(cls, plan: Plan, *, config_text: str) -> "RunDir":
+        """Makes the run of `plan` in its [output] run_dir, or opens it to go on; either way a new attempt.
+
+        config_text: the config as written, kept for people. RunError N0311 or N0312 if the run has
+        another owner, N0313 if the directory holds something else, N0314 if it lacks files of its
+        own, N0315 if it holds a run of another fingerprint.
+        """
+        return cls(Path(plan.config.output.run_dir).resolve(), plan, config_text)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def is_complete(self, total_steps: int) -> bool:
+        """Whether HEAD names the plan's last step."""
+        return head_step(self.checkpoints) == total_steps
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Adds a line to events.jsonl, durably."""
+        events.append(self.path, event, lineage=self.lineage, attempt=self.attempt, **fields)
+
+    def record_environment(self, record: Mapping[str, Any]) -> None:
+        """Writes env.json: the environment record of this attempt."""
+        self._write("env.json", json.dumps(record, indent=1) + "\n")
+
+    def begin_lineage(self, changes: list[str]) -> None:
+        """Goes on openly as a new line of states; `changes` says what is no longer as it was."""
+        parent, self.lineage = self.lineage, uuid.uuid4().hex
+        self.event("lineage", parent=parent, changes=changes)
+
+    def close(self) -> None:
+        """Gives the run back."""
+        self._stack.close()
+
+    def __enter__(self) -> "RunDir":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _claim(self) -> run_lock.Owner | None:
+        """Makes the directory if there is none and becomes its owner; nothing is put into a foreign one."""
+        if self.path.exists() and not self.path.is_dir():
+            raise fail("N0313", "`run_dir` is not a directory", place=str(self.path), help="name another one")
+        disk.make_directory(self.path)
+        known = {CHECKPOINTS, *FILES, *(f"{name}.tmp" for name in FILES)}
+        foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in known)
+        if foreign and not (self.path / "plan.json").exists():
+            raise fail(
+                "N0313", f"`run_dir` holds something that is no run: `{foreign[0]}`"
+                + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
+                place=str(self.path), help="name an empty or new directory as run_dir in [output]",
+            )  # fmt: skip
+        return self._stack.enter_context(run_lock.owned(self.path, "nmoe train"))
+
+    def _stored_plan(self, past: events.Past) -> dict[str, Any] | None:
+        """What plan.json holds, None in a directory that has never been finished being made."""
+        path = self.path / "plan.json"
+        if not path.exists():
+            if self.checkpoints.exists():
+                raise fail(
+                    "N0314", "the run has checkpoints and no plan.json", place=str(self.path),
+                    help="restore plan.json from a copy, or name another `run_dir`",
+                )  # fmt: skip
+            return None
+        if not past.attempt:
+            raise fail(
+                "N0314", f"the run has a plan.json and no {events.NAME}", place=str(self.path),
+                help=f"restore {events.NAME} from a copy, or name another `run_dir`",
+            )  # fmt: skip
+        return read_plan(self.path)
+
+    def _write(self, name: str, text: str) -> None:
+        """Makes a file hold `text`, durably; one that does so already is left alone."""
+        path, content = self.path / name, text.encode()
+        if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
+            disk.replace(path, content)
+
+
+def read_plan(run: Path) -> dict[str, Any]:
+    """The content of plan.json with its identity checked for shape; RunError N0314 if it is not that."""
+    path = run / "plan.json"
+    try:
+        stored = json.loads(disk.read(path, limit=PLAN_LIMIT))
+        for key, kind in (("fingerprint", str), ("tree_digest", str), ("sections", dict), ("resolved", dict)):
+            if not isinstance(stored[key], kind):
+                raise ValueError(f"`{key}` is no {kind.__name__}")
+    except (Damage, ValueError, KeyError, TypeError, RecursionError) as cause:
+        raise fail(
+            "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path),
+            help="restore it from a copy, or name another `run_dir`",
+        ) from cause  # fmt: skip
+    return dict(stored)
+
+
+def _check_same(path: Path, stored: Mapping[str, Any], plan: Plan) -> None:
+    """RunError N0315 with the sections and keys that differ, if the fingerprints do."""
+    if stored["fingerprint"] == plan.fingerprint:
+        return
+    sections = [
+        name
+        for name, _, _ in differing(dict(stored["sections"]), dict(plan.sections))
+        if not is_outside(name)
+    ]
+    keys = [item for item in _differing(stored, plan) if not is_outside(item[0])]
+    raise fail(
+        "N0315", "the directory holds a run of another fingerprint; it differs in "
+        + (", ".join(f"[{name}]" for name in sections) or "the table of sections"),
+        place=str(path), help="name another `run_dir` in [output], or go back to the plan in its resolved.toml",
+        notes=[f"there {stored['fingerprint']}", f"here  {plan.fingerprint}", *(_line(*item) for item in keys[:24])],
+    )  # fmt: skip
+
+
+def _differing(stored: Mapping[str, Any], plan: Plan) -> list[tuple[str, Any, Any]]:
+    return differing(flat(stored["resolved"]), flat(plan.tree))
+
+
+def _line(key: str, there: Any, here: Any) -> str:
+    texts = ["absent" if value is None else json.dumps(value) for value in (there, here)]
+    return f"{key}: {texts[0]} there, {texts[1]} here"
