@@ -17,8 +17,8 @@ from nmoe.plan.toml import is_tables
 from nmoe.registry.table import TABLE
 
 WIDTH = 100
-NAME_WIDTH = 26
-VALUE_WIDTH = 40
+NAME_WIDTH = 22
+BESIDE = 60
 SHORT = 12
 
 
@@ -70,7 +70,7 @@ def _sections(plan: Plan, table: dict[str, Any], name: str, place: str) -> Itera
     if name:
         yield ""
         outside = "   outside the fingerprint" if is_outside(name) else ""
-        yield f"[{name}]".ljust(NAME_WIDTH + VALUE_WIDTH + 8) + plan.sections[name][:SHORT] + outside
+        yield f"[{name}]".ljust(BESIDE) + plan.sections[name][:SHORT] + outside
         keys = {"kind": None} if "kind" in table else {}
         for key in [*keys, *(n for n, f in fields.items() if not is_section(f))]:
             beside = _origin(plan, f"{name}.{key}" if name else key, key in table)
@@ -78,7 +78,7 @@ def _sections(plan: Plan, table: dict[str, Any], name: str, place: str) -> Itera
                 beside = ", ".join(filter(None, (beside, "outside the fingerprint")))
             text = value_text(table[key]) if key in table else "-"
             left = f"  {key.ljust(NAME_WIDTH)} {text}"
-            yield f"{left.ljust(NAME_WIDTH + VALUE_WIDTH + 6)}  {beside}"
+            yield f"{left.ljust(BESIDE - 2)}  {beside}"
     for field in fields.values():
         if not is_section(field) or field.name not in table:
             continue

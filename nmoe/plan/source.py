@@ -227,7 +227,12 @@ def _syntax(source: Source, error: tomli.TOMLDecodeError) -> Diagnostic:
     message, way = SAYS.get(error.msg, ("", ""))
     if not message:
         message = "not TOML: " + shown(error.msg[:1].lower() + error.msg[1:], 100)
-    span = source.span_at(error.pos)
+    offset = error.pos
+    if error.msg == 'Expected "\'"' and statement is not None:
+        # The parser looks for the closing quote to the end of the text; the fault is on the line of the opening one.
+        offset = source.text.find("\n", statement.offset)
+        message, way = SAYS["Illegal character '\\n'"]
+    span = source.span_at(offset)
     notes = ()
     if statement is not None and statement.key.line + shift < span.line:
         notes = (f"in the statement that begins in line {statement.key.line + shift}",)

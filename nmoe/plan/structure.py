@@ -40,7 +40,7 @@ class Broken:
     __bool__ = __len__ = __iter__ = __contains__ = __getitem__ = __int__ = __index__ = __float__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _refuse
     __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __neg__ = _refuse
-    __str__ = __repr__ = __format__ = _refuse  # type: ignore[assignment]
+    __fspath__ = __str__ = __repr__ = __format__ = _refuse  # type: ignore[assignment]
 
 
 class Findings:
