@@ -67,6 +67,10 @@ class Data(Component):
         """The training order: nmoe.data.mixture.Mixture."""
         raise NotImplementedError
 
+    def build_heldout(self):
+        """The held-out text, where the data brings its own: nmoe.data.source.TokenSource."""
+        raise NotImplementedError
+
 
 @attrs.frozen(kw_only=True)
 class Corpus(Data):
@@ -92,6 +96,11 @@ class Corpus(Data):
 
         train = load(self.name, "train", self.tokenizer.build())
         return Mixture.single(train, seed=seed, sequence_length=sequence_length)
+
+    def build_heldout(self):
+        from nmoe.data import corpus
+
+        return corpus.load(self.name, "heldout", self.tokenizer.build())
 
 
 @attrs.frozen(kw_only=True)

@@ -34,6 +34,14 @@ class Bpb(Component):
             )
         yield from pair_problems(f"{path}.sequences", self.sequences, "sequences", config)
 
+    def build(self, data, sequence_length: int):
+        """The held-out text, cut into windows of the training's length."""
+        from nmoe.data.heldout import HeldoutWindows
+        from nmoe.data.shards import open_shards
+
+        source = data.build_heldout() if self.heldout is None else open_shards(self.heldout)
+        return HeldoutWindows(source, sequence_length=sequence_length)
+
 
 @attrs.frozen(kw_only=True)
 class Eval(Component):

@@ -16,6 +16,10 @@ class Group(Component):
     lr_floor: float = key("learning rate where the schedule's factor is 0", default=0.0, minimum=0.0, maximum=1000.0)
     weight_decay: float = key("decoupled weight decay of the matrices, times the rate", default=0.1, minimum=0.0, maximum=1000.0)
 
+    def build(self, *, name: str, parameters, state_dtype: str, rounding):
+        """The group at work on `parameters`, (logical name, tensor) pairs: nmoe.optim.groups.Group."""
+        raise NotImplementedError
+
     def check(self, config, path: str) -> Iterator[Problem]:
         if self.lr_floor > self.lr:
             yield Problem(

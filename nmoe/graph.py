@@ -1,0 +1,96 @@
+"""Plan -> TrainingGraph: every part of a training, assembled in the order of the registry's table.
+
+This is the one place where specs become objects. After it nothing asks the plan for a value again:
+the parts hold what they were given, and the plan is frozen.
+"""
+
+from collections.abc import Iterator
+
+import attrs
+import torch
+
+from nmoe.data.loader import Loader
+from nmoe.model.block import Block
+from nmoe.model.init import initialize
+from nmoe.model.router import SigmoidRouter
+from nmoe.model.transformer import Transformer
+from nmoe.optim.groups import Optimizer
+from nmoe.optim.rounding import Rounding
+from nmoe.optim.wsd import Wsd
+from nmoe.plan.plan import Plan
+
+
+@attrs.frozen(kw_only=True)
+class TrainingGraph:
+    """The parts of one training.
+
+    optimizer: the groups in the plan's order; every parameter is in exactly one.
+    clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
+    tokens_per_step: the loss is a mean over these.
+    """
+
+    model: Transformer
+    optimizer: Optimizer
+    rounding: Rounding
+    schedule: Wsd
+    loader: Loader
+    clip_norm: float
+    microbatch: int
+    tokens_per_step: int
+
+    def routers(self) -> Iterator[tuple[int, SigmoidRouter]]:
+        """(layer, router) of every MoE layer, first layer first."""
+        for index, block in enumerate(self.model.layers):
+            assert isinstance(block, Block)
+            if block.moe is not None:
+                yield index, block.moe.router
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Every tensor that exact resume needs, by logical name, sharing memory with the parts.
+
+        Weights appear as their masters; the weights proper follow from them (`refresh`).
+        """
+        tensors = self.optimizer.state()
+        for layer, router in self.routers():
+            tensors[f"router.bias/layers.{layer}"] = router.bias_E
+        return tensors
+
+    def refresh(self) -> None:
+        """Recompute what follows from the state: the weights from their masters."""
+        self.optimizer.refresh()
+
+
+def build(plan: Plan) -> TrainingGraph:
+    """Assemble the parts on torch's current default device and draw the initial weights."""
+    config = plan.config
+    model = config.model.build(transport=config.transport.build())
+    shapes = list(config.model.parameters())
+    initialize(
+        model,
+        [(p.name, p.shape, p.init) for p in shapes],
+        seed=config.random.seed,
+        init_std=config.model.init_std,
+        residual_init_scale=config.model.residual_init_scale,
+    )
+
+    rounding = Rounding(config.random.seed)
+    tensors = dict(model.named_parameters())
+    members: dict[str, list[tuple[str, torch.nn.Parameter]]] = {name: [] for name in config.optimizer.groups()}
+    for parameter in shapes:
+        members[config.optimizer.group_of(parameter)].append((parameter.name, tensors[parameter.name]))
+    groups = [
+        spec.build(name=name, parameters=members[name], state_dtype=config.optimizer.state_dtype, rounding=rounding)
+        for name, spec in config.optimizer.groups().items()
+    ]
+
+    mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
+    return TrainingGraph(
+        model=model,
+        optimizer=Optimizer(groups),
+        rounding=rounding,
+        schedule=config.schedule.build(),
+        loader=Loader(mixture, sequences=config.batch.sequences, microbatch=config.batch.microbatch),
+        clip_norm=config.optimizer.clip_norm,
+        microbatch=config.batch.microbatch,
+        tokens_per_step=config.batch.tokens_per_step,
+    )

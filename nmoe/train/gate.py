@@ -1,0 +1,170 @@
+"""The gate: is a run that was killed and continued, bit for bit, the run that never stopped?
+
+Two runs of one plan, every attempt in a fresh process:
+
+    straight   N steps
+    killed     kill -9 in the middle of each step S, each time continued by a new process, to N steps
+
+The killed run saves at a cadence that divides no S and differs from the straight run's, so that each
+continuation starts some steps back and repeats them. Then everything that can be compared is:
+for every step the loss at full digits and the digest of the batch; at the end every tensor of the
+state (weights, masters, moments, biases) and every counter (schedule, loader, random streams).
+"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from nmoe.checkpoint import reader
+from nmoe.errors import ConfigError, Diagnostic, fail
+from nmoe.metrics.reader import read_rows
+from nmoe.plan.plan import Plan
+from nmoe.train.drill import PHASES
+
+COMPARED_METRICS = ("train/loss", "grad/norm", "data/batch_digest")
+
+
+@attrs.frozen(kw_only=True)
+class GateResult:
+    """identical, or the first thing that differs (empty string when nothing does)."""
+
+    identical: bool
+    first_difference: str
+    steps: int
+    kills: tuple[str, ...]
+    fingerprint: str
+    state_digest: str
+    compared: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return attrs.asdict(self)
+
+
+def kill_points(steps: Sequence[int]) -> list[str]:
+    """STEP:PHASE for each step, going round the phases so that different places are hit."""
+    middle = PHASES[1:]
+    return [f"{step}:{middle[index % len(middle)]}" for index, step in enumerate(steps)]
+
+
+def cadences(steps: int, kills: Sequence[int]) -> tuple[int, int]:
+    """(straight, killed) save cadences: the killed one divides no kill step; both save before the end.
+
+    A cadence near a sixth of the run leaves several saves and several repeated steps.
+    """
+    wanted = max(steps // 6, 2)
+    candidates = sorted(range(2, max(steps, 3)), key=lambda c: (abs(c - wanted), c))
+    killed = next((c for c in candidates if all(s % c for s in kills)), steps + 1)
+    straight = next(c for c in range(max(killed // 2, 1), steps + 3) if c != killed)
+    return straight, killed
+
+
+def run_gate(
+    plan: Plan, config: str, sets: Sequence[str], *, steps: int, kills: Sequence[int], directory: Path,
+    say: Callable[[str], None],
+) -> GateResult:
+    """Run both trainings below `directory` and compare them.
+
+    Raises ConfigError if the steps asked for do not fit the plan, RunError N0511 if an attempt ends
+    in another way than it should.
+    """
+    _check(plan, steps, kills)
+    straight_every, killed_every = cadences(steps, kills)
+    common = [
+        *sets,
+        f"output.stop_after_step={steps}",
+        f"output.metrics_dir={json.dumps(str(directory / 'metrics'))}",
+        "output.metrics_every=1",
+    ]
+
+    def arguments(name: str, every: int) -> list[str]:
+        mine = [*common, f"output.run_dir={json.dumps(str(directory / name))}", f"output.checkpoint_every={every}"]
+        return [config, *(word for item in mine for word in ("--set", item))]
+
+    for name in ("straight", "killed", "metrics"):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+
+    say(f"straight: {steps} steps, saving every {straight_every}")
+    _attempt([sys.executable, "-m", "nmoe", "train", *arguments("straight", straight_every)], directory, expect=0)
+    points = kill_points(sorted(kills))
+    for point in points:
+        say(f"killed:   SIGKILL at step {point.replace(':', ', ')}, saving every {killed_every}")
+        command = [sys.executable, "-m", "nmoe.train.drill", *arguments("killed", killed_every), "--kill", point]
+        _attempt(command, directory, expect=-signal.SIGKILL)
+    say(f"killed:   continuing to step {steps}")
+    _attempt([sys.executable, "-m", "nmoe", "train", *arguments("killed", killed_every)], directory, expect=0)
+
+    difference, compared, digest = compare(directory, "straight", "killed", steps)
+    return GateResult(
+        identical=not difference, first_difference=difference, steps=steps, kills=tuple(points),
+        fingerprint=plan.fingerprint, state_digest=digest, compared=compared,
+    )
+
+
+def compare(directory: Path, a: str, b: str, steps: int) -> tuple[str, dict[str, int], str]:
+    """The first difference between two runs ('' if none), how much was compared, and a's state digest."""
+    rows_a, rows_b = (_ledger(directory / "metrics" / name) for name in (a, b))
+    for step in range(1, steps + 1):
+        for name in COMPARED_METRICS:
+            left, right = rows_a.get((step, name)), rows_b.get((step, name))
+            if left is None or left != right:
+                return f"step {step}: {name} is {left!r} in `{a}` and {right!r} in `{b}`", {}, ""
+
+    left_manifest, right_manifest = (reader.require_head(directory / name / "checkpoints") for name in (a, b))
+    for key in sorted(set(left_manifest.state) | set(right_manifest.state)):
+        left, right = left_manifest.state.get(key), right_manifest.state.get(key)
+        if left != right:
+            return f"state `{key}` is {left!r} in `{a}` and {right!r} in `{b}`", {}, ""
+    for name in sorted(set(left_manifest.tensors) | set(right_manifest.tensors)):
+        if left_manifest.tensors.get(name) != right_manifest.tensors.get(name):
+            return f"tensor `{name}` differs after step {steps}", {}, ""
+    if left_manifest.state_digest != right_manifest.state_digest:
+        return "the state digests differ", {}, ""
+    compared = {
+        "steps": steps,
+        "metrics_per_step": len(COMPARED_METRICS),
+        "tensors": len(left_manifest.tensors),
+        "counters": len(left_manifest.state),
+    }
+    return "", compared, left_manifest.state_digest
+
+
+def _ledger(directory: Path) -> dict[tuple[int, str], tuple[float | None, str | None]]:
+    """(step, name) -> (value, label) of the compared metrics of a run."""
+    return {
+        (row.step, row.name): (row.value, row.label) for row in read_rows(directory, names=COMPARED_METRICS)
+    }
+
+
+def _attempt(command: list[str], directory: Path, *, expect: int) -> None:
+    """One process; its output is kept for the message if it ends in another way than expected."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != expect:
+        log = directory / "attempt.log"
+        log.write_text(done.stdout + done.stderr)
+        tail = tuple((done.stderr or done.stdout).strip().splitlines()[-12:])
+        raise fail(
+            "N0511", f"an attempt ended with status {done.returncode}, not {expect}",
+            place=json.dumps(command), help=f"read its whole output in {log}", notes=tail,
+        )
+
+
+def _check(plan: Plan, steps: int, kills: Sequence[int]) -> None:
+    wrong = ""
+    if not 1 <= steps <= plan.total_steps:
+        wrong = f"--steps {steps} does not fit the plan's {plan.total_steps} steps"
+    elif not kills:
+        wrong = "--kill names no step"
+    elif bad := [step for step in kills if not 1 <= step <= steps]:
+        wrong = f"--kill {bad[0]} is not one of the steps 1 to {steps}"
+    elif len(set(kills)) != len(kills):
+        wrong = "--kill names a step twice"
+    if wrong:
+        raise ConfigError(Diagnostic(code="N0512", message=wrong, help="for example: --steps 30 --kill 7,13,22"))

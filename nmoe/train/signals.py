@@ -1,0 +1,29 @@
+"""Signals ask; the loop answers at the next step's end.
+
+SIGINT, SIGTERM and SIGUSR1 set a flag. The step in hand is finished, a checkpoint is saved, and the
+process exits with 130. A second signal changes nothing: the save is already on its way.
+"""
+
+import signal
+from types import FrameType
+
+WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Whether somebody has asked this process to stop, and by which signal. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._note) for number in WATCHED}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name is None:
+            self.name = signal.Signals(number).name

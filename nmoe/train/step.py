@@ -1,0 +1,118 @@
+"""One step: microbatches forward and backward, clip, rates, optimizer, router bias.
+
+The microbatch is the unit of arithmetic. Each one's gradient is computed on its own in float32 and
+added to the step's in the order 0 .. V-1, so that the sum does not depend on who computed which.
+The loss is the mean over the step's tokens:
+
+    L = (1 / T) sum over microbatches v of sum over tokens t in v of -log p(target_t),   T = B * S
+
+Nothing is written before the verdict: a loss or a gradient norm that is not finite stops the run
+with weights, moments, counters and router biases as they were.
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import attrs
+import torch
+
+from nmoe.data.loader import TokenBatch
+from nmoe.errors import fail
+from nmoe.graph import TrainingGraph
+from nmoe.model.loss import linear_cross_entropy
+from nmoe.optim import norm
+
+Observer = Callable[[int, str], None]
+
+LOSS_CHUNK_TOKENS = 1024
+
+
+@attrs.frozen(kw_only=True)
+class StepResult:
+    """What one step measured.
+
+    loss: mean nats per token. bits_per_byte: the same in bits over the bytes of text that the
+    targets stand for. norms: gradient norm of each group; norm: of all, before clipping.
+    clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
+    group's learning rate.
+    seconds: wall time by part.
+    """
+
+    loss: float
+    bits_per_byte: float
+    norm: float
+    norms: dict[str, float]
+    clip: float
+    scale: float
+    rates: dict[str, float]
+    seconds: dict[str, float]
+
+
+def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen: int, observe: Observer) -> StepResult:
+    """Train on one batch.
+
+    step counts from 1; tokens_seen includes this step. observe(step, phase) is called as each phase
+    begins. Raises RunError N0501 or N0502 if the loss or the gradient is not finite.
+    """
+    started = time.perf_counter()
+    graph.optimizer.clear_gradients()
+    graph.model.train()
+    share = torch.tensor(1.0 / graph.tokens_per_step)
+    losses = []
+    forward_seconds = 0.0
+    for input_ids_BS, targets_BS in zip(
+        batch.input_ids_BS.split(graph.microbatch), batch.targets_BS.split(graph.microbatch), strict=True
+    ):
+        before = time.perf_counter()
+        observe(step, "forward")
+        h_TD = graph.model(input_ids_BS)
+        loss_sum = linear_cross_entropy(
+            h_TD, graph.model.head.weight_VD, targets_BS.reshape(-1), chunk_tokens=LOSS_CHUNK_TOKENS
+        )
+        forward_seconds += time.perf_counter() - before
+        observe(step, "backward")
+        loss_sum.backward(gradient=share)
+        losses.append(loss_sum.detach())
+    backward_seconds = time.perf_counter() - started - forward_seconds
+
+    before = time.perf_counter()
+    nats = [value.item() for value in losses]
+    members = graph.optimizer.members()
+    norms = norm.squared_norms(members)
+    total = norms.total.sqrt().item()
+    for index, value in enumerate(nats):
+        if not math.isfinite(value):
+            raise fail(
+                "N0501",
+                f"the loss of microbatch {index} is {value}",
+                place=f"step {step}, batch {batch.digest[:16]}",
+                help="weights are as they were before the step; lower the rate or look at the batch",
+            )
+    if not math.isfinite(total):
+        raise norm.not_finite(members, step=step, notes=(f"batch {batch.digest}",))
+    clip = norm.clip_coefficient(norms.total, graph.clip_norm)
+    norm_seconds = time.perf_counter() - before
+
+    before = time.perf_counter()
+    observe(step, "optimizer")
+    factor = graph.schedule.scale(tokens_seen)
+    graph.optimizer.step(step=step, scale=factor, grad_scale=clip)
+    optimizer_seconds = time.perf_counter() - before
+
+    total_nats = math.fsum(nats)
+    return StepResult(
+        loss=total_nats / graph.tokens_per_step,
+        bits_per_byte=total_nats / (math.log(2) * batch.num_bytes) if batch.num_bytes else math.nan,
+        norm=total,
+        norms={name: value.sqrt().item() for name, value in norms.groups.items()},
+        clip=clip.item(),
+        scale=factor,
+        rates=graph.optimizer.rates(factor),
+        seconds={
+            "forward": forward_seconds,
+            "backward": backward_seconds,
+            "norm": norm_seconds,
+            "optimizer": optimizer_seconds,
+        },
+    )
