@@ -328,7 +328,7 @@ class Memory:
     """Bytes: resident now and at most so far; on the device, allocated now and at most (0 on the CPU)."""
 
     resident: int
-    peak_resident: int
+    resident_peak: int
     device_allocated: int
     device_peak: int
 
@@ -345,7 +345,7 @@ def memory(target: str) -> Memory:
         allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
     return Memory(
         resident=pages * os.sysconf("SC_PAGE_SIZE"),
-        peak_resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        resident_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         device_allocated=allocated,
         device_peak=peak,
     )

@@ -9,6 +9,7 @@ Reading is the mirror of it: regular files only, no links, sizes capped before a
 
 import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,9 +106,10 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def remove_directory(path: Path) -> None:
+def remove_tree(path: Path) -> None:
+    """Removes a directory with all that is in it; a link in it is removed, not followed."""
     with naming("remove directory", path):
-        path.rmdir()
+        shutil.rmtree(path)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ import attrs
 
 import nmoe
 from nmoe import platform
-from nmoe.errors import RunError, fail
+from nmoe.errors import fail
 
 # Below the package: what runs between a batch's tokens and the next state, and the specs that build it.
 SOURCES = (
@@ -48,7 +48,7 @@ class Difference:
     now: str
 
 
-def record(*, target: str) -> dict[str, Any]:
+def record(target: str) -> dict[str, Any]:
     """The record of this process, to be taken after platform.require; JSON without floats."""
     exact: dict[str, Any] = {
         "target": target,
@@ -91,13 +91,17 @@ def table(differences: Sequence[Difference]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def refusal(differences: Sequence[Difference], *, step: int) -> RunError:
-    """The failure that a resume in another environment is, with the table and the way to go on openly."""
+def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], *, run: str) -> None:
+    """RunError N0309, with the table and the way to go on openly, if an entry of `exact` is not as it was saved."""
+    differences = compare(saved, current)
+    if not differences:
+        return
     count = len(differences)
-    return fail(
+    raise fail(
         "N0309",
-        f"{count} thing{'s' if count > 1 else ''} that can change bits {'are' if count > 1 else 'is'} not as when "
-        f"step {step} was saved: the run would not go on exactly",
+        f"{count} thing{'s' if count > 1 else ''} that can change bits {'are' if count > 1 else 'is'} not as when the "
+        "checkpoint was saved: the run would not go on exactly",
+        place=run,
         help="go back to that environment, or add --new-lineage to go on openly as a new line that says what changed",
         notes=table(differences),
     )

@@ -94,7 +94,7 @@ def retain(directory: Path, head: Manifest | None, *, keep: int) -> tuple[Remove
     """Removes all but `head` and the newest intact checkpoints before it, `keep` in all.
 
     Intact: the manifest is whole and every object is there at its size. HEAD must name `head`
-    durably before this is called. Manifests go first, so that no manifest ever lacks its objects.
+    durably before this is called. Manifests go first, durably, so that none ever lacks its objects.
     """
     kept = [] if head is None else [head]
     removed: list[Removed] = []
@@ -111,13 +111,12 @@ def retain(directory: Path, head: Manifest | None, *, keep: int) -> tuple[Remove
                 continue
             except Damage as damage:
                 reason = f"not intact: {damage}"
-        folder = layout.step_directory(directory, step)
-        if layout.manifest_path(directory, step).exists():
-            disk.remove(layout.manifest_path(directory, step))
-        disk.remove_directory(folder)
-        removed.append(Removed(step=step, reason=reason))
-    if removed:
+        # One rename, so that nobody ever sees a checkpoint that is half gone.
+        gone = layout.temporary_directory(directory) / f"step_{step:08d}.{os.getpid()}"
+        disk.rename(layout.step_directory(directory, step), gone)
         disk.sync_directory(directory)
+        disk.remove_tree(gone)
+        removed.append(Removed(step=step, reason=reason))
     needed = {sha256 for manifest in kept for sha256 in manifest.objects}
     for entry in layout.objects_directory(directory).glob("*/*"):
         if entry.name not in needed and layout.DIGEST.fullmatch(entry.name):

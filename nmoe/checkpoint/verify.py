@@ -99,7 +99,28 @@ def check_objects(directory: Path, objects: Iterable[tuple[str, int]], *, thread
 
 
 def verify(directory: Path, *, threads: int = 4) -> Report:
-    """Checks HEAD and every kept checkpoint below `directory`, whatever else is wrong."""
+    """Checks HEAD and every kept checkpoint below `directory`, whatever else is wrong.
+
+    A run may be saving meanwhile: where there are faults and checkpoints have come or gone, they are
+    checked again, because what was read may have been removed.
+    """
+    while True:
+        before = _glance(directory)
+        report = _verify(directory, threads)
+        if not report.faults or _glance(directory) == before:
+            return report
+
+
+def _glance(directory: Path) -> tuple[str, list[int]]:
+    """What changes whenever a checkpoint comes or goes."""
+    try:
+        head = disk.read(layout.head_path(directory), limit=layout.HEAD_LIMIT).hex()
+    except Damage as damage:
+        head = str(damage)
+    return head, layout.steps_on_disk(directory)
+
+
+def _verify(directory: Path, threads: int) -> Report:
     faults: list[Fault] = []
     notes: list[str] = []
     head: Head | None = None

@@ -81,10 +81,10 @@ class CheckpointWriter:
         self._failure: BaseException | None = None
         self._saved: Saved | None = None
         disk.make_directory(self.directory)
-        for part in (layout.objects_directory(self.directory), layout.temporary_directory(self.directory)):
-            disk.make_directory(part)
-        for leftover in layout.temporary_directory(self.directory).iterdir():
-            disk.remove(leftover)
+        disk.make_directory(layout.objects_directory(self.directory))
+        if layout.temporary_directory(self.directory).exists():
+            disk.remove_tree(layout.temporary_directory(self.directory))
+        disk.make_directory(layout.temporary_directory(self.directory))
         self._head, manifest = self._read_head()
         self.removed = retain(self.directory, manifest, keep=keep)
 
