@@ -26,6 +26,7 @@ class Group(ABC):
     parameters: (logical name, parameter), initialised, contiguous, float32 or bfloat16.
     lr, lr_floor: the rate is lr_floor + (lr - lr_floor) * scale. weight_decay: decoupled, times the
     rate, for tensors of two and more dimensions. state_dtype: "fp32" or "bf16" (stochastic rounding).
+    Building a group whose state is narrower than a weight rounds the weight to it, to nearest.
     """
 
     def __init__(

@@ -267,14 +267,24 @@ import pandas, pyarrow.parquet
 from nmoe.metrics import ledger
 from nmoe.metrics.sink import Sink
 
-# Each round: a child that goes on from two steps before the last, committing without end, until it is
-# killed the moment its n-th commit is announced: anywhere in the writing of an earlier step.
+# Each round: a child goes on from two steps before the last, committing without end. It announces each
+# commit, each flush and each 300 bytes that it has written, and is killed at its n-th announcement.
+write = os.write
+
+
+def in_pieces(descriptor, data):
+    count = write(descriptor, data[:300])
+    write(into, b"w")
+    return count
+
+
 directory = Path(sys.argv[1])
 for attempt in range(1, int(sys.argv[2]) + 1):
     out, into = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(out)
+        ledger.os.write = in_pieces
         sink = Sink(directory, run="r", lineage="line", attempt=attempt)
         sink.set_aside_after(max(sink.last_step - 2, 0))
         step = sink.last_step
@@ -283,12 +293,12 @@ for attempt in range(1, int(sys.argv[2]) + 1):
             for layer in range(20):
                 sink.add("router/entropy", step + layer / 100, layer=layer)
             sink.commit(step, step, step)
-            os.write(into, b".")
+            write(into, b".")
             if step % 3 == 0:
                 sink.flush()
-                os.write(into, b"f")
+                write(into, b"f")
     os.close(into)
-    wanted, seen = 3 + attempt * 7 % 11, b""
+    wanted, seen = 30 + attempt * 17 % 41, b""
     while len(seen) < wanted:
         got = os.read(out, 1)
         if not got:
