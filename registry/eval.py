@@ -18,6 +18,9 @@ class Bpb(Component):
     heldout: str | None = key(
         "directory of held-out shards; the packaged text brings its own", default=None, outside=True
     )
+    max_tokens: int | None = key(
+        "held-out tokens that are scored, from the start; absent: all of them", default=None, minimum=1, unit="tokens"
+    )
     sequences: int = key("sequences of one forward pass", default=8, minimum=1, maximum=2**20)
 
     def check(self, config, path: str) -> Iterator[Problem]:
@@ -40,7 +43,7 @@ class Bpb(Component):
         from nmoe.data.shards import open_shards
 
         source = data.build_heldout() if self.heldout is None else open_shards(self.heldout)
-        return HeldoutWindows(source, sequence_length=sequence_length)
+        return HeldoutWindows(source, sequence_length=sequence_length, max_tokens=self.max_tokens)
 
 
 @attrs.frozen(kw_only=True)

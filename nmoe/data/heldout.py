@@ -31,19 +31,19 @@ class HeldoutBatch:
 
 
 class HeldoutWindows:
-    """The windows of `source`, in order; len() of them."""
+    """The windows of `source`, in order; len() of them. max_tokens: targets from the start that count; None is all."""
 
-    def __init__(self, source: TokenSource, *, sequence_length: int):
+    def __init__(self, source: TokenSource, *, sequence_length: int, max_tokens: int | None = None):
         self.source = source
         self.sequence_length = sequence_length
+        self.num_tokens = source.num_tokens if max_tokens is None else min(source.num_tokens, max_tokens + 1)
 
     def __len__(self) -> int:
-        return max(self.source.num_tokens - 2 + self.sequence_length, 0) // self.sequence_length
+        return max(self.num_tokens - 2 + self.sequence_length, 0) // self.sequence_length
 
     def batch(self, first: int, count: int) -> HeldoutBatch:
         """Windows first .. first + count - 1, rows past the last one without a valid target."""
-        length, end_of_document = self.sequence_length, self.source.end_of_document
-        num_tokens = self.source.num_tokens
+        length, end_of_document, num_tokens = self.sequence_length, self.source.end_of_document, self.num_tokens
         start = min(first * length, num_tokens)
         stop = min(start + count * length + 1, num_tokens)
         stream = np.full(count * length + 1, end_of_document, np.int64)
