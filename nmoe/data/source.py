@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import fail
 
 
@@ -48,23 +49,6 @@ class TokenSource(Protocol):
         ...
 
 
-class Encoder(Protocol):
-    """The part of a tokenizer that laying out documents needs (see nmoe.data.tokenizer)."""
-
-    @property
-    def digest(self) -> str: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def end_of_document(self) -> int: ...
-    @property
-    def token_bytes_V(self) -> np.ndarray: ...
-    @property
-    def dtype(self) -> np.dtype: ...
-
-    def encode(self, text: str) -> np.ndarray: ...
-
-
 class MemorySource:
     """Documents tokenised into memory; a TokenSource.
 
@@ -72,7 +56,7 @@ class MemorySource:
     Raises RunError where there is no document.
     """
 
-    def __init__(self, documents: Iterable[str], tokenizer: Encoder):
+    def __init__(self, documents: Iterable[str], tokenizer: Tokenizer):
         pieces: list[np.ndarray] = []
         starts: list[int] = []
         position = 0

@@ -17,7 +17,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,6 +52,35 @@ def _read(path: str | Path) -> bytes:
     return content
 
 
+class Tokenizer(Protocol):
+    """What every kind has. dtype: the smallest of little-endian uint16 and uint32 for its ids."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def digest(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def end_of_document(self) -> int: ...
+    @property
+    def token_bytes_V(self) -> np.ndarray: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, without an end-of-document token (dtype)."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """encode of each text; libraries that have threads use them here."""
+        ...
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids, special ones left out, bytes that are no UTF-8 as U+FFFD."""
+        ...
+
+
 class BytesTokenizer:
     """A token is a byte of UTF-8; 256 ends a document."""
 
@@ -67,8 +96,10 @@ class BytesTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(self.dtype)
 
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids, special ones left out, bytes that are no UTF-8 as U+FFFD."""
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
@@ -124,24 +155,25 @@ class HuggingFaceTokenizer:
             self.token_bytes_V[index] = _bytes_of(token, byte_level=byte_level and not plain, plain=plain)
 
     def encode(self, text: str) -> np.ndarray:
-        ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, self.dtype)
-        return _without(ids, self.end_of_document, self._end_of_document_name)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [self._checked(np.array(encoding.ids, self.dtype)) for encoding in encodings]
+
+    def _checked(self, ids: np.ndarray) -> np.ndarray:
+        if (ids == self.end_of_document).any():
+            raise ConfigError(
+                Diagnostic(
+                    code="N0231",
+                    message=f"text was encoded to the end-of-document token `{self._end_of_document_name}`",
+                    help="mark it as special in the tokenizer.json, or name another token",
+                )
+            )
+        return ids
 
     def decode(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)
-
-
-def _without(ids: np.ndarray, end_of_document: int, name: str) -> np.ndarray:
-    """ids, after a look that no text became the end-of-document token."""
-    if (ids == end_of_document).any():
-        raise ConfigError(
-            Diagnostic(
-                code="N0231",
-                message=f"text was encoded to the end-of-document token `{name}`",
-                help="mark it as special in the tokenizer.json, or name another token",
-            )
-        )
-    return ids
 
 
 def _uses(decoder: Any, kind: str) -> bool:
@@ -219,6 +251,9 @@ class TiktokenTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._encoding.encode_ordinary(text), self.dtype)
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: np.ndarray) -> str:
         ids = np.asarray(ids)

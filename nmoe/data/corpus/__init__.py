@@ -10,7 +10,8 @@ import hashlib
 import lzma
 from importlib.resources import files
 
-from nmoe.data.source import Encoder, MemorySource
+from nmoe.data.source import MemorySource
+from nmoe.data.tokenizer import Tokenizer
 from nmoe.errors import fail
 
 SEPARATOR = "\x1e"
@@ -55,6 +56,6 @@ def _compare(file: str, state: str, content: bytes, expected: str) -> None:
         )
 
 
-def load(name: str, part: str, tokenizer: Encoder) -> MemorySource:
+def load(name: str, part: str, tokenizer: Tokenizer) -> MemorySource:
     """One part of a packaged text as tokens in memory; a TokenSource."""
     return MemorySource(documents(name, part), tokenizer)
