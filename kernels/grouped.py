@@ -1,0 +1,258 @@
+"""Grouped products over the experts' rows, for Hopper's wgmma (draft docstring)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+UP, DOWN, DGATE, DX = 0, 1, 2, 3
+
+
+@gluon.jit
+def produce(
+    a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
+    ring_a, ring_b, full, empty, D, rows, n_tiles, k_tiles,
+    KIND: gl.constexpr, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, SHARE: gl.constexpr,
+):
+    """Fill the ring: for each tile of this block, every K step's piece of A and of B."""
+    total = gl.load(num_tiles_ptr) * n_tiles
+    count = 0
+    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
+        m = tile // n_tiles
+        n = tile % n_tiles
+        e = gl.load(tile_expert_ptr + m)
+        row = gl.load(tile_row_ptr + m)
+        end = gl.load(offsets_ptr + e + 1)
+        if GATHER:
+            layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            r_M = row + gl.arange(0, BM, gl.SliceLayout(1, layout))
+            token_M = gl.load(token_ptr + gl.minimum(r_M, end - 1))
+            col_K = gl.arange(0, BK, gl.SliceLayout(0, layout))
+            a_MK = x_ptr + token_M.to(gl.int64)[:, None] * D + col_K[None, :]
+        for k in range(k_tiles):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * BK * (SHARE * BN + (0 if GATHER else BM)))
+            half = 0
+            step = k
+            if KIND == 3:
+                half = k // (k_tiles // 2)
+                step = k - half * (k_tiles // 2)
+            for i in gl.static_range(SHARE):
+                b = ring_b.index(stage * SHARE + i)
+                col = n * SHARE + i
+                if KIND == 0:
+                    tma.async_copy_global_to_shared(b_desc, [2 * e, col * (BN // 2), step * BK], bar, b)
+                elif KIND == 1:
+                    tma.async_copy_global_to_shared(b_desc, [e, col * BN, step * BK], bar, b)
+                elif KIND == 2:
+                    tma.async_copy_global_to_shared(b_desc, [e, step * BK, col * BN], bar, b)
+                else:
+                    tma.async_copy_global_to_shared(b_desc, [2 * e + half, step * BK, col * BN], bar, b)
+            if GATHER:
+                mask_MK = (k * BK + col_K < D)[None, :]
+                async_copy.async_copy_global_to_shared(ring_a.index(stage), a_MK + k * BK, mask=mask_MK)
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+            else:
+                a = ring_a.index(stage)._reinterpret(a_desc.dtype, a_desc.block_shape, a_desc.layout)
+                at = [1 << 30, end + half * rows, (1 << 30) - (end - row), step * BK]
+                tma.async_copy_global_to_shared(a_desc, at, bar, a)
+            count += 1
+
+
+@gluon.jit
+def store_rows(c_desc, stage, value, start_row, end, col):
+    """One staged tile to its rows; the descriptor clips what lies beyond the expert's last row."""
+    tma.store_wait(0)
+    gl.thread_barrier()
+    stage.store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    view = stage._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
+    tma.async_copy_shared_to_global(c_desc, [1 << 30, end, (1 << 30) - (end - start_row), col], view)
+
+
+@gluon.jit
+def fetch_pair(h_desc, staging, loaded, buffer, rows, end, x0, col, WIDTH: gl.constexpr):
+    """Both planes' piece of the pre-activations into two of the staging buffers."""
+    mbarrier.expect(loaded, 2 * 128 * 2 * WIDTH)
+    gate = staging.index(buffer)._reinterpret(h_desc.dtype, h_desc.block_shape, h_desc.layout)
+    up = staging.index(buffer + 1)._reinterpret(h_desc.dtype, h_desc.block_shape, h_desc.layout)
+    tma.async_copy_global_to_shared(h_desc, [1 << 30, end, x0, col], loaded, gate)
+    tma.async_copy_global_to_shared(h_desc, [1 << 30, end + rows, x0, col], loaded, up)
+
+
+@gluon.jit
+def gate_piece(
+    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col
+):
+    """A quarter (32 columns) of the SwiGLU gradient; returns its part of <dA', A>."""
+    layout: gl.constexpr = d.type.layout
+    base: gl.constexpr = 3 * (q % 2)
+    col = first_col + q * 32
+    mbarrier.wait(loaded, q & 1)
+    if q < 3:  # the other three buffers, once their stores have been read
+        tma.store_wait(0)
+        gl.thread_barrier()
+        fetch_pair(h_desc, staging, loaded, 3 - base, rows, end, x0, col + 32, 32)
+    g = staging.index(base).load(layout).to(gl.float32)
+    u = staging.index(base + 1).load(layout).to(gl.float32)
+    sig = 1.0 / (1.0 + gl.exp(-g))
+    silu = g * sig
+    a = (silu * u).to(gl.bfloat16).to(gl.float32)
+    dot_M = gl.sum(d * a, axis=1)
+    da = d * w_M[:, None]
+    dg = (da * u * (sig + silu * (1.0 - sig))).to(gl.bfloat16)
+    du = (da * silu).to(gl.bfloat16)
+    aw = (a * w_M[:, None]).to(gl.bfloat16)
+    gl.thread_barrier()
+    staging.index(base).store(dg)
+    staging.index(base + 1).store(du)
+    staging.index(base + 2).store(aw)
+    fence_async_shared()
+    gl.thread_barrier()
+    s0 = staging.index(base)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
+    s1 = staging.index(base + 1)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
+    s2 = staging.index(base + 2)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
+    tma.async_copy_shared_to_global(c_desc, [1 << 30, end, x0, col], s0)
+    tma.async_copy_shared_to_global(c_desc, [1 << 30, end + rows, x0, col], s1)
+    tma.async_copy_shared_to_global(aw_desc, [1 << 30, end, x0, col], s2)
+    return dot_M
+
+
+@gluon.jit
+def consume(
+    which: gl.constexpr,
+    c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
+    ring_a, ring_b, full, empty, staging, loaded, rows, n_tiles, k_tiles,
+    KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    SHARE: gl.constexpr,
+):
+    """One warpgroup: every other tile of this block (or its half of every one), products then epilogue."""
+    HALF: gl.constexpr = BN // 2
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    total = gl.load(num_tiles_ptr) * n_tiles
+    first_tile = gl.program_id(0)
+    step = gl.num_programs(0)
+    count = 0
+    if SHARE == 1:
+        first_tile += which * step
+        step *= 2
+        count = which * k_tiles
+    for tile in range(first_tile, total, step):
+        m = tile // n_tiles
+        n = tile % n_tiles
+        if SHARE == 2:
+            n = n * 2 + which
+        e = gl.load(tile_expert_ptr + m)
+        row = gl.load(tile_row_ptr + m)
+        end = gl.load(offsets_ptr + e + 1)
+        x0 = (1 << 30) - (end - row)
+
+        if KIND == 2:  # the first piece of the pre-activations is fetched while the products run
+            tma.store_wait(0)
+            gl.thread_barrier()
+            fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, n * BN, 32)
+
+        acc = gl.zeros([BM, BN], gl.float32, mma)
+        for k in range(k_tiles):
+            stage = count % STAGES
+            mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+            b = ring_b.index(stage * SHARE + (which if SHARE == 2 else 0))
+            if KIND < 2:
+                b = b.reshape([BN, BK]).permute([1, 0])
+            else:
+                b = b.reshape([BK, BN])
+            acc = warpgroup_mma(ring_a.index(stage), b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            if k > 0:
+                mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
+            count += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
+        if SHARE == 1:
+            count += k_tiles
+
+        if KIND == 0:
+            gate, up = acc.to(gl.bfloat16).reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
+            store_rows(c_desc, staging.index(0), gate, row, end, n * HALF)
+            g = gate.to(gl.float32)
+            u = up.to(gl.float32)
+            a = (g / (1.0 + gl.exp(-g)) * u).to(gl.bfloat16)
+            tma.store_wait(0)
+            gl.thread_barrier()
+            staging.index(1).store(up)
+            staging.index(0).store(a)
+            fence_async_shared()
+            gl.thread_barrier()
+            s1 = staging.index(1)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
+            s0 = staging.index(0)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
+            tma.async_copy_shared_to_global(c_desc, [1 << 30, end + rows, x0, n * HALF], s1)
+            tma.async_copy_shared_to_global(aw_desc, [1 << 30, end, x0, n * HALF], s0)
+        elif KIND == 2:
+            left, right = acc.reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
+            left0, left1 = left.reshape([BM, 2, HALF // 2]).permute([0, 2, 1]).split()
+            right0, right1 = right.reshape([BM, 2, HALF // 2]).permute([0, 2, 1]).split()
+            r_M = row + gl.arange(0, BM, gl.SliceLayout(1, left0.type.layout))
+            w_M = gl.load(weight_ptr + r_M, mask=r_M < end, other=0.0)
+            c = n * BN
+            dot_M = gate_piece(0, left0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
+            dot_M += gate_piece(1, left1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
+            dot_M += gate_piece(2, right0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
+            dot_M += gate_piece(3, right1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
+            gl.store(dot_ptr + n * rows + r_M, dot_M, mask=r_M < end)
+        else:
+            store_rows(c_desc, staging.index(0), acc.to(gl.bfloat16), row, end, n * BN)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def rows_kernel(
+    a_desc, x_ptr, token_ptr, b_desc, c_desc, h_desc, aw_desc, weight_ptr, dot_ptr,
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, D, rows, n_tiles, k_tiles,
+    KIND: gl.constexpr, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, SHARE: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.bfloat16)
+    ring_a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], tile_layout)
+    ring_b = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SHARE] + b_desc.block_shape, b_desc.layout)
+    BUFFERS: gl.constexpr = 1 if KIND == 1 or KIND == 3 else (2 if KIND == 0 else 6)
+    WIDTH: gl.constexpr = BN if BUFFERS == 1 else (BN // 2 if KIND == 0 else 32)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, WIDTH], gl.bfloat16)
+    staging0 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, BM, WIDTH], out_layout)
+    staging1 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, BM, WIDTH], out_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129 if GATHER else 1)
+        mbarrier.init(empty.index(i), count=SHARE)
+    mbarrier.init(loaded.index(0), count=1)
+    mbarrier.init(loaded.index(1), count=1)
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (consume, (
+                gl.constexpr(0), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
+                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, staging0, loaded.index(0), rows, n_tiles,
+                k_tiles, KIND, BM, BN, BK, STAGES, SHARE)),
+            (consume, (
+                gl.constexpr(1), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
+                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, staging1, loaded.index(1), rows, n_tiles,
+                k_tiles, KIND, BM, BN, BK, STAGES, SHARE)),
+            (produce, (
+                a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
+                ring_a, ring_b, full, empty, D, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES, SHARE)),
+        ],
+        [4, 4 if GATHER else 1],
+        [REGS, PRODUCER_REGS],
+    )

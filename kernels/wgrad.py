@@ -1,0 +1,160 @@
+"""Grouped weight gradients (draft docstring)."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def locate(tile, g_tiles, r_tiles):
+    """tile -> (plane, tile along D, tile along F); planes are experts, or an expert's gate and up."""
+    per = g_tiles * r_tiles
+    plane = tile // per
+    inside = tile - plane * per
+    r = inside // g_tiles
+    return plane, inside - r * g_tiles, r
+
+
+@gluon.jit
+def produce(
+    g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D, rows, g_tiles, r_tiles, tiles,
+    PLANES: gl.constexpr, GATHER: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, SHARE: gl.constexpr,
+):
+    """Fill the ring with pieces of BK rows: SHARE pieces of the token rows, one of the expert rows."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    count = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        plane, g, r = locate(tile, g_tiles, r_tiles)
+        e = plane // PLANES
+        half = plane - e * PLANES
+        start = gl.load(offsets_ptr + e)
+        end = gl.load(offsets_ptr + e + 1)
+        if GATHER:
+            r_K = start + gl.arange(0, BK, gl.SliceLayout(1, layout))
+            token_K = gl.load(token_ptr + gl.maximum(gl.minimum(r_K, end - 1), 0))
+        for k in range((end - start + BK - 1) // BK):
+            stage = count % STAGES
+            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * BK * (BR + (0 if GATHER else SHARE * BG)))
+            row = start + k * BK
+            x0 = (1 << 30) - (end - row)
+            r_view = ring_r.index(stage)._reinterpret(r_desc.dtype, r_desc.block_shape, r_desc.layout)
+            tma.async_copy_global_to_shared(r_desc, [1 << 30, end + half * rows, x0, r * BR], bar, r_view)
+            for i in gl.static_range(SHARE):
+                col = (g * SHARE + i) * BG
+                g_view = ring_g.index(stage * SHARE + i)
+                if GATHER:
+                    col_G = col + gl.arange(0, BG, gl.SliceLayout(0, layout))
+                    at_KG = x_ptr + token_K.to(gl.int64)[:, None] * D + col_G[None, :]
+                    async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D)[None, :])
+                else:
+                    g_view = g_view._reinterpret(g_desc.dtype, g_desc.block_shape, g_desc.layout)
+                    tma.async_copy_global_to_shared(g_desc, [1 << 30, end, x0, col], bar, g_view)
+            if GATHER:
+                async_copy.mbarrier_arrive(bar, increment_count=False)
+                r_K += BK  # the next piece's indices are on their way while the ring is full
+                token_K = gl.load(token_ptr + gl.minimum(r_K, end - 1))
+            count += 1
+
+
+@gluon.jit
+def consume(
+    which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D, F, g_tiles, r_tiles, tiles,
+    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, ACCUMULATE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
+):
+    """One warpgroup: every other tile (or its half of every one), then the float32 tile to memory."""
+    BM: gl.constexpr = BG if TOKENS_FIRST else BR
+    BN: gl.constexpr = BR if TOKENS_FIRST else BG
+    mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    count = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        plane, g, r = locate(tile, g_tiles, r_tiles)
+        e = plane // PLANES
+        steps = (gl.load(offsets_ptr + e + 1) - gl.load(offsets_ptr + e) + BK - 1) // BK
+        if SHARE == 2 or (turn & 1) == which:
+            if SHARE == 2:
+                g = g * 2 + which
+            if TOKENS_FIRST:  # out is (E, D, F)
+                m0 = g * BG
+                n0 = r * BR
+                height = D
+                width = F
+            else:  # out is (E, 2, F, D)
+                m0 = r * BR
+                n0 = g * BG
+                height = F
+                width = D
+            m_M = m0 + gl.arange(0, BM, gl.SliceLayout(1, mma))
+            n_N = n0 + gl.arange(0, BN, gl.SliceLayout(0, mma))
+            out_MN = out_ptr + plane.to(gl.int64) * D * F + m_M[:, None] * width + n_N[None, :]
+            mask_MN = (m_M < height)[:, None] & (n_N < width)[None, :]
+            if ACCUMULATE:
+                acc = gl.load(out_MN, mask=mask_MN, other=0.0)
+            else:
+                acc = gl.zeros([BM, BN], gl.float32, mma)
+            at = count
+            for k in range(steps):
+                stage = at % STAGES
+                mbarrier.wait(full.index(stage), (at // STAGES) & 1)
+                g_view = ring_g.index(stage * SHARE + (which if SHARE == 2 else 0))
+                r_view = ring_r.index(stage)
+                if TOKENS_FIRST:
+                    acc = warpgroup_mma(g_view.permute([1, 0]), r_view, acc, is_async=True)
+                else:
+                    acc = warpgroup_mma(r_view.permute([1, 0]), g_view, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                if k > 0:
+                    mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
+                at += 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            if steps > 0:
+                mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
+            gl.store(out_MN, acc, mask=mask_MN)
+        count += steps
+        turn += 1
+
+
+@gluon.jit
+def wgrad_kernel(
+    g_desc, x_ptr, token_ptr, r_desc, out_ptr, offsets_ptr, D, F, rows, g_tiles, r_tiles, tiles,
+    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
+    REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):
+    g_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BG], gl.bfloat16)
+    r_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BR], gl.bfloat16)
+    ring_g = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SHARE, BK, BG], g_layout)
+    ring_r = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BR], r_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=129 if GATHER else 1)
+        mbarrier.init(empty.index(i), count=SHARE)
+    fence_async_shared()
+    gl.thread_barrier()
+    gl.warp_specialize(
+        [
+            (consume, (
+                gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D, F, g_tiles, r_tiles, tiles,
+                PLANES, TOKENS_FIRST, ACCUMULATE, BG, BR, BK, STAGES, SHARE)),
+            (consume, (
+                gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D, F, g_tiles, r_tiles, tiles,
+                PLANES, TOKENS_FIRST, ACCUMULATE, BG, BR, BK, STAGES, SHARE)),
+            (produce, (
+                g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D, rows, g_tiles, r_tiles,
+                tiles, PLANES, GATHER, BG, BR, BK, STAGES, SHARE)),
+        ],
+        [4, 4 if GATHER else 1],
+        [REGS, PRODUCER_REGS],
+    )

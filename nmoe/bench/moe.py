@@ -1,0 +1,286 @@
+"""The MoE layer on one GPU: right, repeatable, fast (in that order).
+
+`python -m nmoe.bench.moe check` compares every product and the whole layer with float64 at odd
+sizes, with empty experts and with one expert that holds all rows, into memory poisoned with NaN.
+`repeat` runs the layer 20 times and compares bits. `kernels` times every product under several
+launch parameters beside the pinned ones; `layer` times the whole, from router to output, forward
+and backward, beside the dense product of the same FLOPs and torch's grouped_mm composite. Times
+are medians of CUDA events over single calls. FLOPs are 6 T K D F forward and 12 backward (the
+router's, under 2%, are left out on every side).
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmoe.kernels import moe
+from nmoe.kernels.combine import combine, gather_rows
+from nmoe.kernels.launch import SM_90A, Launch
+from nmoe.kernels.layout import layout_reference, make_layout
+
+
+class Shape(NamedTuple):
+    T: int
+    D: int
+    F: int
+    E: int
+    K: int
+
+    @property
+    def flops(self) -> float:
+        """Forward; backward is twice that."""
+        return 6.0 * self.T * self.K * self.D * self.F
+
+    def __str__(self) -> str:
+        return f"T{self.T} D{self.D} F{self.F} E{self.E} K{self.K}"
+
+
+SHAPES = {
+    "qwen30b": Shape(32768, 2048, 768, 128, 8),
+    "wide4096": Shape(32768, 4096, 512, 128, 8),
+    "moonlet64": Shape(32768, 2048, 1408, 64, 6),
+    "super256": Shape(32768, 768, 384, 256, 7),
+}
+ODD = {
+    "odd": Shape(517, 200, 136, 7, 3),
+    "narrow": Shape(333, 72, 40, 5, 2),
+    "block": Shape(2048, 512, 384, 16, 4),
+    "many": Shape(700, 256, 64, 200, 9),
+    "one": Shape(1300, 256, 192, 4, 1),
+}
+
+
+class Inputs(NamedTuple):
+    x_TD: Tensor
+    dout_TD: Tensor
+    router_ED: Tensor
+    expert_TK: Tensor
+    weight_TK: Tensor
+    w_gate_up_E2FD: Tensor
+    w_down_EDF: Tensor
+
+
+def make_inputs(shape: Shape, routing: str, device: str = "cuda") -> Inputs:
+    """Random data; routing "uniform", "zipf" (popularity 1 / rank), or "single" (all rows to expert 1)."""
+    generator = torch.Generator(device).manual_seed(1)
+    T, D, F, E, K = shape
+
+    def normal(*size: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(size, generator=generator, device=device) * scale).bfloat16()
+
+    logits_TE = torch.zeros(T, E, device=device)
+    if routing == "zipf":
+        logits_TE -= torch.log(torch.arange(1, E + 1, device=device, dtype=torch.float32))
+    if routing == "single":
+        logits_TE[:, 1] = 1e9
+    noise_TE = torch.rand(T, E, generator=generator, device=device).clamp_min(1e-9)
+    expert_TK = torch.topk(logits_TE - torch.log(-torch.log(noise_TE)), K).indices
+    weight_TK = torch.rand(T, K, generator=generator, device=device) + 0.1
+    return Inputs(
+        normal(T, D), normal(T, D), normal(E, D, scale=D**-0.5), expert_TK.int(), weight_TK / weight_TK.sum(1, True),
+        normal(E, 2, F, D, scale=D**-0.5), normal(E, D, F, scale=F**-0.5),
+    )  # fmt: skip
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||; nan where got has one."""
+    want = want.double()
+    scale = want.norm().item()
+    return (got.double() - want).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def exact(x: Inputs) -> tuple[Tensor, list[Tensor]]:
+    """Output and gradients (x, weight, gate_up, down) in float64."""
+    leaves = [v.double().requires_grad_() for v in (x.x_TD, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF)]
+    out = moe.moe_reference(leaves[0], x.expert_TK, leaves[1], leaves[2], leaves[3])
+    return out.detach(), list(torch.autograd.grad(out, leaves, x.dout_TD.double()))
+
+
+def tables(names: str) -> dict[str, dict[str, Launch]]:
+    """The pinned table, or each of the variants put in every place."""
+    if names == "pinned":
+        return {"pinned": SM_90A}
+    made = {}
+    for name in names.split(","):
+        share, gather = int(name[1]), name[0] == "g"
+        made[name] = {k: Launch(stages(k, share), share, gather and k not in ("down", "dx")) for k in SM_90A}
+    return made
+
+
+def stages(kernel: str, share: int) -> int:
+    if kernel.startswith("dw"):
+        return 7 if share == 1 else 4
+    return (4 if kernel == "dgate" else 5) if share == 1 else (2 if kernel == "dgate" else 3)
+
+
+def check(variants: str) -> list[dict]:
+    """Errors against float64, stage by stage and whole."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
+    report = []
+    for name, shape in ODD.items():
+        for routing in ("uniform", "zipf", "single"):
+            x = make_inputs(shape, routing)
+            out64, grads64 = exact(x)
+            want = layout_reference(x.expert_TK, shape.E)
+            got = make_layout(x.expert_TK, shape.E)
+            n = int(want.num_tiles)
+            same = all(
+                torch.equal(g[:n] if f.startswith("tile_") else g, w)
+                for f, g, w in zip(want._fields, got, want, strict=True)
+            )
+            token = want.token_R.long()
+            for label, table in tables(variants).items():
+                row: dict = {"shape": name, "routing": routing, "table": label, "layout": same}
+                h, a = moe.up_product(x.x_TD, x.w_gate_up_E2FD, got, table["up"])
+                h64 = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
+                e_R = x.expert_TK.reshape(-1)[want.pair_R.long()].long()
+                for e in range(shape.E):
+                    r = e_R == e
+                    for s in range(2):
+                        h64[s, r] = x.x_TD.double()[token[r]] @ x.w_gate_up_E2FD[e, s].double().T
+                row["h"] = error(h, h64)
+                row["a"] = error(a, torch.nn.functional.silu(h[0].double()) * h[1].double())
+                y = moe.down_product(a, x.w_down_EDF, got, table["down"])
+                y64 = torch.stack([a[r].double() @ x.w_down_EDF[e_R[r]].double().T for r in range(0, len(token), 97)])
+                row["y"] = error(y[::97], y64)
+                out, saved = moe.moe_forward(x.x_TD, x.expert_TK, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, table)
+                row["out"] = error(out, out64)
+                g = moe.moe_backward(x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, table=table)
+                for key, have, ref in zip(("dx", "dweight", "dgate_up", "ddown"), g, grads64, strict=True):
+                    row[key] = error(have, ref)
+                again = (g.w_gate_up_E2FD.clone(), g.w_down_EDF.clone())
+                moe.moe_backward(
+                    x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, grads=again, table=table
+                )
+                row["chained"] = error(again[0], 2 * grads64[2]) + error(again[1], 2 * grads64[3])
+                torch.cuda.synchronize()
+                bad = [k for k, v in row.items() if isinstance(v, float) and not v < 1e-2] + ([] if same else ["layout"])
+                row["bad"] = bad
+                report.append(row)
+                print(" ".join(f"{v:.1e}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+    return report
+
+
+def repeat(variants: str, times: int = 20) -> list[dict]:
+    """The whole layer again and again on one input: which tensors' bits ever differ."""
+    report = []
+    for label, table in tables(variants).items():
+        for routing in ("uniform", "zipf"):
+            x = make_inputs(SHAPES["qwen30b"]._replace(T=8192), routing)
+            first: list[Tensor] = []
+            differ = set()
+            for _ in range(times):
+                out, saved = moe.moe_forward(x.x_TD, x.expert_TK, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, table)
+                g = moe.moe_backward(x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, table=table)
+                now = [out, saved.h_2RF, *g]
+                first = first or now
+                names = ("out", "h", "dx", "dweight", "dgate_up", "ddown")
+                differ |= {n for n, a, b in zip(names, now, first, strict=True) if not torch.equal(a, b)}
+            report.append({"table": label, "routing": routing, "times": times, "differ": sorted(differ)})
+            print(report[-1], flush=True)
+    return report
+
+
+def milliseconds(call: Callable[[], object], runs: int = 15) -> float:
+    """Median time of one call, after three to warm up."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(runs):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(b.elapsed_time(e) for b, e in times)
+
+
+def dense_time(shape: Shape) -> float:
+    """One dense bf16 product with the forward's FLOPs."""
+    a = torch.randn(shape.T * shape.K, shape.D, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(3 * shape.F, shape.D, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(len(a), len(b), device="cuda", dtype=torch.bfloat16)
+    return milliseconds(lambda: torch.mm(a, b.T, out=out))
+
+
+def time_kernels(shape: Shape, routing: str, variants: str) -> list[dict]:
+    """Each part alone, in ms and TFLOP/s or TB/s."""
+    x = make_inputs(shape, routing)
+    lay = make_layout(x.expert_TK, shape.E)
+    third = shape.flops / 3
+    R = shape.T * shape.K
+    moved = 2.0 * R * shape.D
+    report = []
+
+    def show(kernel: str, label: str, ms: float, flops: float = 0.0, gbytes: float = 0.0) -> None:
+        rate = f"{flops / ms / 1e9:7.0f} TFLOP/s" if flops else f"{gbytes / ms / 1e6:7.0f} GB/s"
+        report.append({"kernel": kernel, "table": label, "ms": ms, "flops": flops, "bytes": gbytes})
+        print(f"{shape} {routing:8} {kernel:8} {label:7} {ms:8.3f} ms {rate}", flush=True)
+
+    show("dense", "", dense_time(shape), shape.flops)
+    show("layout", "", milliseconds(lambda: make_layout(x.expert_TK, shape.E)), gbytes=16.0 * R)
+    show("gather", "", milliseconds(lambda: gather_rows(x.x_TD, lay.token_R)), gbytes=2 * moved)
+    for label, table in tables(variants).items():
+        h, a = moe.up_product(x.x_TD, x.w_gate_up_E2FD, lay, table["up"])
+        show("up", label, milliseconds(lambda t=table: moe.up_product(x.x_TD, x.w_gate_up_E2FD, lay, t["up"])), 2 * third)
+        y = moe.down_product(a, x.w_down_EDF, lay, table["down"])
+        show("down", label, milliseconds(lambda t=table, a=a: moe.down_product(a, x.w_down_EDF, lay, t["down"])), third)
+        w_R = x.weight_TK.view(-1)[lay.pair_R]
+        del a
+        dh, aw, _ = moe.dgate_product(x.dout_TD, x.w_down_EDF, h, w_R, lay, table["dgate"])
+        show("dgate", label, milliseconds(
+            lambda t=table, h=h: moe.dgate_product(x.dout_TD, x.w_down_EDF, h, w_R, lay, t["dgate"])), third)  # fmt: skip
+        show("dx", label, milliseconds(lambda t=table, dh=dh: moe.dx_product(dh, x.w_gate_up_E2FD, lay, t["dx"])), 2 * third)
+        gu = torch.empty(x.w_gate_up_E2FD.shape, device="cuda")
+        dn = torch.empty(x.w_down_EDF.shape, device="cuda")
+        for add in (False, True):
+            end = "+=" if add else "="
+            show("dw_up", label + end, milliseconds(lambda t=table, dh=dh, add=add: moe.weight_gradient(
+                x.x_TD, dh, lay, gu, add, False, t["dw_up"])), 2 * third)  # fmt: skip
+            show("dw_down", label + end, milliseconds(lambda t=table, aw=aw, add=add: moe.weight_gradient(
+                x.dout_TD, aw[None], lay, dn, add, True, t["dw_down"])), third)  # fmt: skip
+        del h, dh, aw, gu, dn
+    show("combine", "", milliseconds(lambda: combine(y, lay.row_TK, x.weight_TK)), gbytes=moved + 2.0 * shape.T * shape.D)
+    return report
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nmoe.bench.moe", description=__doc__)
+    parser.add_argument("what", choices=("check", "repeat", "kernels", "layer"))
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--routing", default="uniform,zipf")
+    parser.add_argument("--tables", default="pinned")
+    parser.add_argument("--out", default="")
+    args = parser.parse_args(argv)
+    report: list[dict] = []
+    if args.what == "check":
+        report = check(args.tables)
+        bad = [r for r in report if r["bad"]]
+        print(f"check {args.tables}: {len(report)} cases, {len(bad)} bad", [(r["shape"], r["routing"], r["table"], r["bad"]) for r in bad[:6]])
+    elif args.what == "repeat":
+        report = repeat(args.tables)
+    elif args.what == "kernels":
+        for name in args.shapes.split(","):
+            for routing in args.routing.split(","):
+                report += [{"shape": name, "routing": routing, **r} for r in time_kernels(SHAPES[name], routing, args.tables)]
+    else:
+        from nmoe.bench.moe_layer import time_layer
+
+        for name in args.shapes.split(","):
+            for routing in args.routing.split(","):
+                report += time_layer(name, SHAPES[name], routing)
+    if args.out:
+        Path(args.out).write_text(json.dumps(report, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
