@@ -61,7 +61,7 @@ def command(
 
         against = resolve(other, ranks=ranks, ranks_per_node=ranks_per_node)
         click.echo(render_diff(plan, against), nl=False)
-        raise SystemExit(0 if plan.fingerprint == against.fingerprint else 1)
+        click.get_current_context().exit(0 if plan.fingerprint == against.fingerprint else 1)
     elif graph is not None:
         from nmoe.plan.graph_picture import draw
 

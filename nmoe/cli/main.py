@@ -69,9 +69,14 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str] | None = None) -> int:
     """The exit status of a command line; what it has to say is printed."""
+    arguments = list(sys.argv[1:] if args is None else args)
     try:
-        status = cli.main(args=args, prog_name="nmoe", standalone_mode=False)
+        with cli.make_context("nmoe", arguments) as context:
+            cli.invoke(context)
         sys.stdout.flush()
+    except SystemExit as error:
+        sys.stdout.flush()
+        return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except NmoeError as error:
         print(error.render(), file=sys.stderr)
         return error.exit_code
@@ -87,4 +92,4 @@ def run(args: Sequence[str] | None = None) -> int:
         # The reader has gone. Whatever is still buffered goes nowhere, or Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    return status if isinstance(status, int) else 0
+    return 0

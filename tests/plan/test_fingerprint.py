@@ -69,7 +69,7 @@ def texts(draw, tree):
             elif isinstance(value, dict) and style == "dotted" and all(not isinstance(v, dict) for v in value.values()):
                 lines += [f"{key}.{k} = {written(draw, v)}" for k, v in value.items()]
             else:
-                lines.append(f'{draw(st.sampled_from([key, json.dumps(key)]))} = {written(draw, value)}')
+                lines.append(f"{draw(st.sampled_from([key, json.dumps(key)]))} = {written(draw, value)}")
         return lines
 
     top = section(tree, "")
@@ -106,7 +106,9 @@ def test_who_says_it_does_not_matter(data, tmp_path_factory):
                 sets.append(f"{section}.{key} = {json.dumps(value)}")
                 parent.setdefault(section, {})[key] = 1
             else:
-                (child if home == "child" and "kind" not in tree[section] else parent).setdefault(section, {})[key] = value
+                (child if home == "child" and "kind" not in tree[section] else parent).setdefault(section, {})[key] = (
+                    value
+                )
     (directory / "parent.toml").write_text(toml_of(parent))
     (directory / "child.toml").write_text('extends = "parent.toml"\n' + toml_of(child))
     plan = resolve(directory / "child.toml", sets)

@@ -19,7 +19,9 @@ def golden_of(config: Path) -> Path:
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_plan_is_the_golden_one(config):
     text = render(resolve(config))
-    assert text == golden_of(config).read_text(encoding="ascii"), "the plan has changed: run `make goldens` if it should"
+    assert text == golden_of(config).read_text(encoding="ascii"), (
+        "the plan has changed; if it should: make goldens"
+    )
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -42,7 +42,9 @@ def test_a_child_overrides_key_by_key(write):
 
 def test_parents_are_relative_to_their_child(write):
     write("families/middle.toml", 'extends = "../base.toml"\n[random]\nseed = 1\n')
-    plan = resolve(write("configs/deep/child.toml", 'extends = "../../families/middle.toml"\n[batch]\nsequences = 16\n'))
+    plan = resolve(
+        write("configs/deep/child.toml", 'extends = "../../families/middle.toml"\n[batch]\nsequences = 16\n')
+    )
     assert (plan.config.random.seed, plan.config.batch.sequences, plan.config.batch.microbatch) == (1, 16, 2)
     assert plan.origins["random.seed"] == "../../families/middle.toml:3"
     assert plan.origins["batch.microbatch"].startswith("../../base.toml:")

@@ -143,9 +143,13 @@ SCALARS = st.one_of(
 KEYS = st.sampled_from(["a", "b", "c-d", "1", '"x y"', "'='", '"]"', '"#"', "e.f", 'g."h.i"'])
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3).map(lambda v: "[ " + ", ".join(v) + " ]")
-    | st.lists(inner, min_size=1, max_size=3).map(lambda v: "[\n # c ]\n" + ",\n".join(v) + ",\n]")
-    | st.lists(st.tuples(KEYS, inner), max_size=3).map(lambda v: "{ " + ", ".join(f"{k} = {x}" for k, x in v) + " }"),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda v: "[ " + ", ".join(v) + " ]")
+        | st.lists(inner, min_size=1, max_size=3).map(lambda v: "[\n # c ]\n" + ",\n".join(v) + ",\n]")
+        | st.lists(st.tuples(KEYS, inner), max_size=3).map(
+            lambda v: "{ " + ", ".join(f"{k} = {x}" for k, x in v) + " }"
+        )
+    ),
     max_leaves=5,
 )
 LINES = st.one_of(
