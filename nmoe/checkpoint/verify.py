@@ -184,7 +184,7 @@ def _verify(directory: Path, threads: int) -> Report:
         )
         for step in kept
     ]
-    notes.extend(_strays(directory, set(needed), ahead))
+    notes.extend(_strays(directory, set(needed)))
     head_manifest = manifests.get(head.step, (None, ""))[0] if head is not None else None
     return Report(head=head_manifest, checkpoints=tuple(checkpoints), faults=tuple(faults), notes=tuple(notes))
 
@@ -218,29 +218,30 @@ def _owner(manifest: Manifest, sha256: str) -> str:
     return next(name for name, record in manifest.tensors.items() if sha256 in record.slices)
 
 
-def _strays(directory: Path, needed: set[str], ahead: list[int]) -> list[str]:
+def _strays(directory: Path, needed: set[str]) -> list[str]:
     """Notes on files that belong to no kept checkpoint."""
-    if not directory.is_dir():
-        return []
-    steps = (layout.step_directory(directory, step).name for step in layout.steps_on_disk(directory))
-    known = {"HEAD", "objects", "tmp", *steps}
-    strays = [entry.name for entry in sorted(directory.iterdir()) if entry.name not in known]
-    strays += [
-        f"{entry.parent.name}/{entry.name}"
-        for entry in sorted(directory.glob("step_*/*"))
-        if entry.name != "manifest.json"
-    ]
-    unreferenced, size = 0, 0
-    for entry in sorted(layout.objects_directory(directory).glob("*/*")):
-        if not layout.DIGEST.fullmatch(entry.name) or entry.parent.name != entry.name[:2]:
-            strays.append(str(entry.relative_to(directory)))
-        elif entry.name not in needed:
-            unreferenced += 1
-            size += entry.lstat().st_size
+    steps = [layout.step_directory(directory, step).name for step in layout.steps_on_disk(directory)]
+    strays = [name for name in _names(directory) if name not in {"HEAD", "objects", "tmp", *steps}]
+    strays += [f"{step}/{name}" for step in steps for name in _names(directory / step) if name != "manifest.json"]
+    unreferenced = 0
+    for folder in _names(layout.objects_directory(directory)):
+        for name in _names(layout.objects_directory(directory) / folder):
+            if not layout.DIGEST.fullmatch(name) or folder != name[:2]:
+                strays.append(f"objects/{folder}/{name}")
+            elif name not in needed:
+                unreferenced += 1
     notes = [f"`{name}` is no file of a checkpoint" for name in strays]
     if unreferenced:
-        notes.append(f"{unreferenced} objects ({size} bytes) belong to no kept checkpoint; the next save removes them")
-    unfinished = sum(1 for _ in layout.temporary_directory(directory).glob("*"))
+        notes.append(f"{unreferenced} objects belong to no kept checkpoint; the next attempt or save removes them")
+    unfinished = len(_names(layout.temporary_directory(directory)))
     if unfinished:
-        notes.append(f"{unfinished} temporary files of an unfinished save; the next start removes them")
+        notes.append(f"{unfinished} temporary files of an unfinished save; the next attempt removes them")
     return notes
+
+
+def _names(directory: Path) -> list[str]:
+    """What a directory holds, sorted; nothing where it is none, or is one no longer."""
+    try:
+        return sorted(entry.name for entry in directory.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
