@@ -328,7 +328,7 @@ class Attempt:
         )
         self.held_up = time.perf_counter() - started
         self.throughput.pause(self.held_up)
-        self.run_dir.event("save", step=step)
+        self.run_dir.event("saving", step=step)
 
     def _outcome(self, stop: StopRequest) -> Outcome:
         step, total = self.state.step, self.plan.total_steps
