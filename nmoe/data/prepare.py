@@ -130,10 +130,11 @@ def _locked(output: Path) -> Iterator[None]:
     output.mkdir(parents=True, exist_ok=True)
     directory = os.open(output, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _occupied(output, "another `nmoe data prepare` works here") from error
         yield
-    except BlockingIOError as error:
-        raise _occupied(output, "another `nmoe data prepare` works here") from error
     finally:
         os.close(directory)
 
