@@ -151,7 +151,7 @@ def _kind(data: dict[str, Any], path: Path, table: str, findings: Findings) -> A
     if "kind" not in data:
         if None in kinds:
             return None
-        if _implied(table):
+        if implies_kind(table):
             return named[0]
         findings.add(
             "N0113", path, f"[{dotted(path)}] does not say its kind", at="key", help=f"add `kind`, one of: {options}"
@@ -174,7 +174,7 @@ def _kind(data: dict[str, Any], path: Path, table: str, findings: Findings) -> A
     return kind
 
 
-def _implied(table: str) -> bool:
+def implies_kind(table: str) -> bool:
     """Whether a section may leave out its kind: it has one only, and the section itself may be left out."""
     parent, _, name = table.rpartition(".")
     fields = [fields_of(cls).get(name) for cls in TABLE[parent].values()] if len(TABLE[table]) == 1 else []
