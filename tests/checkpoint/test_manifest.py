@@ -138,8 +138,10 @@ def test_no_field_can_change_without_the_seal(key):
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"null", b"[]", b"{", b'{"a":1,"a":1}', b'{"a": 1}', b'{"b":1,"a":1}', b'{"a":1.5}', b'{"a":NaN}', b'{"a":1}\n',
-        b'{"a":9007199254740992}', b'{"a":' + b"9" * 5000 + b"}", b"\xff\xfe", b'\xef\xbb\xbf{"a":1}', b'{"a":"\\ud800"}',
+        b"", b"null", b"[]", b"{", b'{"a":1,"a":1}', b'{"a": 1}', b'{"b":1,"a":1}', b'{"a":1.5}', b'{"a":NaN}',
+        b'{"a":1}\n',
+        b'{"a":9007199254740992}', b'{"a":' + b"9" * 5000 + b"}", b"\xff\xfe", b'\xef\xbb\xbf{"a":1}',
+        b'{"a":"\\ud800"}',
         b"[" * 100_000, b"[" * 100 + b"]" * 100, b'{"a":-0}', b'{"a":1e2}', b'{"a":"\x00"}',
     ],
 )  # fmt: skip
@@ -194,7 +196,8 @@ def test_heads_read_back(head):
     "fields",
     [
         {"manifest": None, "step": 3, "version": 1}, {"manifest": DIGEST, "step": 0, "version": 1},
-        {"manifest": DIGEST, "step": 3}, {"manifest": "x", "step": 3, "version": 1}, {"manifest": DIGEST, "step": 3, "version": 9},
+        {"manifest": DIGEST, "step": 3}, {"manifest": "x", "step": 3, "version": 1},
+        {"manifest": DIGEST, "step": 3, "version": 9},
     ],
 )  # fmt: skip
 def test_heads_that_are_none(fields):

@@ -1,6 +1,7 @@
 """A state goes to the disk and comes back bit for bit; what is not whole never reaches a tensor."""
 
 import errno
+import itertools
 import os
 import random
 import re
@@ -126,7 +127,8 @@ def test_a_damaged_old_checkpoint_does_not_count_among_the_kept(directory, tool)
     assert layout.steps_on_disk(directory) == [1, 3, 4]
     assert saved.removed == ()  # a new writer had cleared it away already
     writer = CheckpointWriter(directory, keep=3)
-    layout.object_path(directory, sorted(set(layout_objects(directory, 3)) - set(layout_objects(directory, 4)))[0]).unlink()
+    only_in_3 = set(layout_objects(directory, 3)) - set(layout_objects(directory, 4))
+    layout.object_path(directory, min(only_in_3)).unlink()
     writer.save(step=5, tensors=tool.state(5), state=tool.counters(5), identity=tool.identity())
     removed = writer.wait().removed
     assert [item.step for item in removed] == [3]
@@ -148,7 +150,7 @@ def test_what_lies_ahead_of_head_goes_when_a_new_attempt_begins(directory, tool)
 def test_no_step_is_saved_twice_or_backwards(directory, tool):
     tool.save(directory, 4)
     for step in (4, 3):
-        with pytest.raises(RunError, match="N0307.*HEAD names step 4"):
+        with pytest.raises(RunError, match=r"N0307.*HEAD names step 4"):
             tool.save(directory, step)
 
 
@@ -180,7 +182,9 @@ def test_if_before_head_fails_head_stays(directory, tool):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
-@pytest.mark.parametrize(("number", "words"), [(errno.ENOSPC, "no space left on device"), (errno.EIO, "input/output error")])
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left on device"), (errno.EIO, "input/output error")]
+)
 def test_a_failing_disk_is_raised_by_the_next_call_and_named(directory, tool, monkeypatch, call, number, words):
     tool.save(directory, 1)
     writer = CheckpointWriter(directory, keep=2)
@@ -212,7 +216,7 @@ def test_a_failure_is_raised_by_check_and_by_save_too(directory, tool, monkeypat
             patched.setattr(os, "rename", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
             writer.save(step=2, tensors=tool.state(2), state={}, identity=tool.identity())
             writer._thread.join()
-        with pytest.raises(RunError, match="N0301.*broken"):
+        with pytest.raises(RunError, match=r"N0301.*broken"):
             raising()
 
 
@@ -220,14 +224,17 @@ def test_a_full_disk_is_refused_before_anything_is_copied(directory, tool, monke
     tool.save(directory, 1)
     writer = CheckpointWriter(directory, keep=2)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(RunError, match="N0308.*0.00 GB free"):
+    with pytest.raises(RunError, match=r"N0308.*0.00 GB free"):
         writer.save(step=2, tensors=tool.state(2), state={}, identity=tool.identity())
     assert tool.holds(directory, 1)
 
 
 @pytest.mark.parametrize(
     ("state", "word"),
-    [({"rate": 0.1}, "float"), ({"n": 2**53}, "2\\^53"), ({"s": {1}}, "set"), ({"step": 4}, "says step 4"), ({1: 2}, "key")],
+    [
+        ({"rate": 0.1}, "float"), ({"n": 2**53}, "2\\^53"), ({"s": {1}}, "set"), ({"step": 4}, "says step 4"),
+        ({1: 2}, "key"),
+    ],
 )
 def test_counters_that_json_would_bend_are_refused(directory, tool, state, word):
     with pytest.raises(ValueError, match=word):
@@ -250,8 +257,9 @@ def test_names_shapes_and_dtypes_are_strict_and_all_reported(directory, tool):
     with pytest.raises(RunError, match="N0305") as caught:
         reader.read_into(directory, reader.require_head(directory), tensors)
     text = caught.value.render()
-    for words in ("`a.mask` is in the checkpoint and not in", "`more` is in this program", "`a.scalar` is int64 [] in the"):
-        assert words in text
+    assert "`a.mask` is in the checkpoint and not in" in text
+    assert "`more` is in this program" in text
+    assert "`a.scalar` is int64 [] in the checkpoint" in text
     assert "`model.frozen` is float32 [6, 6] in the checkpoint, float64 [6, 6] here" in text
     assert not any(tensor.any() for tensor in tensors.values()), "a tensor was touched"
 
@@ -291,7 +299,7 @@ def damages(directory):
         yield "a link", path, replaced(lambda p: p.symlink_to("/dev/zero"))
         yield "a directory", path, replaced(lambda p: p.mkdir())
         yield "a pipe", path, replaced(os.mkfifo)
-    for one, other in zip(objects, objects[1:], strict=False):
+    for one, other in itertools.pairwise(objects):
         yield "another object's content", one, lambda p, other=other: p.write_bytes(other.read_bytes())
     yield "the manifest before", files[1], lambda p: p.write_bytes(layout.manifest_path(directory, 2).read_bytes())
     yield "far too large", files[0], lambda p: os.truncate(p, 1 << 40)
