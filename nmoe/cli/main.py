@@ -78,7 +78,7 @@ def run(args: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except NmoeError as error:
-        print(error.render(), file=sys.stderr)
+        print(error.render(), *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code

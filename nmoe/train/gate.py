@@ -12,7 +12,6 @@ state (weights, masters, moments, biases) and every counter (schedule, loader, r
 """
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,9 @@ from nmoe.errors import ConfigError, Diagnostic, fail
 from nmoe.metrics.reader import read_rows
 from nmoe.plan.plan import Plan
 from nmoe.train.drill import PHASES
+from nmoe.train.loop import require_runnable
 
+OWN_KEYS = ("run_dir", "metrics_dir", "metrics_every", "checkpoint_every", "stop_after_step")
 COMPARED_METRICS = ("train/loss", "grad/norm", "data/batch_digest")
 
 
@@ -71,10 +72,11 @@ def run_gate(
 ) -> GateResult:
     """Run both trainings below `directory` and compare them.
 
-    Raises ConfigError if the steps asked for do not fit the plan, RunError N0511 if an attempt ends
+    Raises ConfigError if what is asked for does not fit the plan, RunError N0511 if an attempt ends
     in another way than it should.
     """
-    _check(plan, steps, kills)
+    require_runnable(plan)
+    _check(plan, sets, steps, kills, directory)
     straight_every, killed_every = cadences(steps, kills)
     common = [
         *sets,
@@ -87,8 +89,6 @@ def run_gate(
         mine = [*common, f"output.run_dir={json.dumps(str(directory / name))}", f"output.checkpoint_every={every}"]
         return [config, *(word for item in mine for word in ("--set", item))]
 
-    for name in ("straight", "killed", "metrics"):
-        shutil.rmtree(directory / name, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
 
     say(f"straight: {steps} steps, saving every {straight_every}")
@@ -156,8 +156,9 @@ def _attempt(command: list[str], directory: Path, *, expect: int) -> None:
         )
 
 
-def _check(plan: Plan, steps: int, kills: Sequence[int]) -> None:
+def _check(plan: Plan, sets: Sequence[str], steps: int, kills: Sequence[int], directory: Path) -> None:
     wrong = ""
+    mine = [key for key in OWN_KEYS if any(item.partition("=")[0].strip() == f"output.{key}" for item in sets)]
     if not 1 <= steps <= plan.total_steps:
         wrong = f"--steps {steps} does not fit the plan's {plan.total_steps} steps"
     elif not kills:
@@ -166,5 +167,9 @@ def _check(plan: Plan, steps: int, kills: Sequence[int]) -> None:
         wrong = f"--kill {bad[0]} is not one of the steps 1 to {steps}"
     elif len(set(kills)) != len(kills):
         wrong = "--kill names a step twice"
+    elif mine:
+        wrong = f"--set output.{mine[0]} is the gate's own: its two runs differ in it"
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        wrong = f"--directory {directory} is not an empty or new directory"
     if wrong:
         raise ConfigError(Diagnostic(code="N0512", message=wrong, help="for example: --steps 30 --kill 7,13,22"))

@@ -20,7 +20,7 @@ from nmoe.checkpoint import environment, reader
 from nmoe.checkpoint.manifest import Identity, Manifest
 from nmoe.checkpoint.writer import CheckpointWriter
 from nmoe.data.loader import Prefetcher, TokenBatch
-from nmoe.errors import ConfigError, Diagnostic, fail
+from nmoe.errors import ConfigError, Diagnostic, NmoeError, fail
 from nmoe.eval import bpb
 from nmoe.graph import build
 from nmoe.metrics import router_health
@@ -68,6 +68,16 @@ def train(
                 help="run `nmoe train` without torchrun",
             )
         )
+    require_runnable(plan)
+    platform.require(plan.config.platform.target, plan.config.platform.threads)
+    with RunDir.open(plan, config_text=config_text) as run_dir:
+        if run_dir.is_complete(plan.total_steps):
+            return Outcome(summary=_already_complete(plan, run_dir), exit_code=0)
+        return Attempt(plan, run_dir, observe).run(new_lineage=new_lineage)
+
+
+def require_runnable(plan: Plan) -> None:
+    """ConfigError N0602 with the reasons if some part of the plan has no kernels on its target yet."""
     if not plan.runnable:
         raise ConfigError(
             Diagnostic(
@@ -77,11 +87,6 @@ def train(
                 help="nmoe build --print shows what each section needs",
             )
         )
-    platform.require(plan.config.platform.target, plan.config.platform.threads)
-    with RunDir.open(plan, config_text=config_text) as run_dir:
-        if run_dir.is_complete(plan.total_steps):
-            return Outcome(summary=_already_complete(plan, run_dir), exit_code=0)
-        return Attempt(plan, run_dir, observe).run(new_lineage=new_lineage)
 
 
 def metrics_directory(plan: Plan) -> Path:
@@ -124,11 +129,18 @@ class Attempt:
         config = self.plan.config
         manifest = reader.open_head(self.run_dir.checkpoints)
         record = environment.record(config.platform.target)
-        self._require_same_environment(manifest, record, new_lineage=new_lineage)
+        changes = self._environment_changes(manifest, record, new_lineage=new_lineage)
         self.graph = build(self.plan)
         self.windows = None
         if config.eval.bpb is not None:
             self.windows = config.eval.bpb.build(config.data, config.batch.sequence_length)
+        data = self._data_digests()
+        self.state = TrainState()
+        if manifest is not None:
+            self._require_same_data(manifest.identity.data, data)
+            self._restore(manifest)
+        if changes:
+            self.run_dir.begin_lineage(environment.table(changes))
         self.identity = Identity(
             run=self.run_dir.name,
             lineage=self.run_dir.lineage,
@@ -136,13 +148,9 @@ class Attempt:
             fingerprint=self.plan.fingerprint,
             sections=self.plan.sections,
             tree_digest=self.plan.tree_digest,
-            data=self._data_digests(),
+            data=data,
             environment=record,
         )
-        self.state = TrainState()
-        if manifest is not None:
-            self._require_same_data(manifest.identity.data)
-            self._restore(manifest)
         self.run_dir.record_environment(record)
         self._announce(manifest)
         # Only now, when everything has been verified, is anything of the former attempt cleared away.
@@ -154,22 +162,27 @@ class Attempt:
         try:
             with sink, StopRequest() as stop:
                 sink.set_aside_after(self.state.step)
-                self._steps(sink, stop)
+                try:
+                    self._steps(sink, stop)
+                except BaseException as failure:
+                    self._end_saving(failure)
+                    raise
                 self.writer.wait()
         finally:
             self.progress.close()
         self.run_dir.event("stop", step=self.state.step, signal=stop.name)
         return self._outcome(stop)
 
-    def _require_same_environment(
+    def _environment_changes(
         self, manifest: Manifest | None, record: Mapping[str, Any], *, new_lineage: bool
-    ) -> None:
+    ) -> list[environment.Difference]:
+        """What a new line of states has to say; nothing where the run goes on as it was."""
         if not new_lineage:
             if manifest is not None:
                 environment.require_same(manifest.identity.environment, record, run=str(self.run_dir.path))
-            return
-        differences = [] if manifest is None else environment.compare(manifest.identity.environment, record)
-        if not differences:
+            return []
+        changes = [] if manifest is None else environment.compare(manifest.identity.environment, record)
+        if not changes:
             raise ConfigError(
                 Diagnostic(
                     code="N0505",
@@ -178,7 +191,14 @@ class Attempt:
                     help="leave out --new-lineage",
                 )
             )
-        self.run_dir.begin_lineage(environment.table(differences))
+        return changes
+
+    def _end_saving(self, failure: BaseException) -> None:
+        """Let a save that is under way come to its end: the run must not be given back while it is being written."""
+        try:
+            self.writer.wait()
+        except NmoeError as second:
+            failure.add_note(f"the save under way failed too: {second}")
 
     def _data_digests(self) -> dict[str, str]:
         digests = {"train": self.graph.loader.digest}
@@ -186,22 +206,21 @@ class Attempt:
             digests["heldout"] = self.windows.source.digest
         return digests
 
-    def _require_same_data(self, saved: Mapping[str, str]) -> None:
+    def _require_same_data(self, saved: Mapping[str, str], now: Mapping[str, str]) -> None:
         # Held-out text cannot change a bit of training; what it was is recorded with each checkpoint.
-        now = self.graph.loader.digest
-        if saved.get("train") != now:
+        if saved.get("train") != now["train"]:
             raise fail(
                 "N0504",
                 "the training data is not what the checkpoint was trained on",
                 place=str(self.run_dir.path),
                 help="restore the data, or start another run in another `run_dir`",
-                notes=(f"then {saved.get('train')}", f"now  {now}"),
+                notes=(f"then {saved.get('train')}", f"now  {now['train']}"),
             )
 
     def _restore(self, manifest: Manifest) -> None:
         reader.read_into(self.run_dir.checkpoints, manifest, self.graph.state())
         self.graph.refresh()
-        self.state = TrainState.restore(dict(manifest.state), self.graph)
+        self.state = TrainState.restore(dict(manifest.state), self.graph, step=manifest.step)
 
     def _announce(self, manifest: Manifest | None) -> None:
         plan = self.plan
@@ -214,10 +233,10 @@ class Attempt:
 
     def _steps(self, sink: Sink, stop: StopRequest) -> None:
         tokens = self.plan.tokens_per_step
-        saved_step = self.state.step
+        is_last = self.state.step >= self.last_step
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
         with prefetch:
-            while self.state.step < self.last_step and stop.name is None:
+            while not is_last:
                 step = self.state.step + 1
                 started = time.perf_counter()
                 self.observe(step, "batch")
@@ -237,8 +256,10 @@ class Attempt:
                 self.progress.step(step, seen, result.loss, result.bits_per_byte, self.throughput)
 
                 self.observe(step, "metrics")
-                is_last = step == self.last_step or stop.name is not None
                 evaluation = self._evaluate_if_due(step, seen)
+                # The one look at signals: what comes after it ends the next step, so the last step of an
+                # attempt always has its metrics and its checkpoint.
+                is_last = step == self.last_step or stop.name is not None
                 if step % self.output.metrics_every == 0 or is_last or evaluation is not None:
                     seconds = {**result.seconds, "loader": loaded - started, "step": now - started}
                     self._record(sink, batch, result, health, seconds)
@@ -248,10 +269,6 @@ class Attempt:
                 self.writer.check()
                 if step % self.output.checkpoint_every == 0 or is_last:
                     self._save(sink)
-                    saved_step = step
-            # A signal that came after the last look at it.
-            if self.state.step != saved_step:
-                self._save(sink)
 
     def _evaluate_if_due(self, step: int, seen: int) -> tuple[bpb.BpbResult, float] | None:
         spec = self.plan.config.eval.bpb

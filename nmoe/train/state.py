@@ -11,6 +11,8 @@ import attrs
 from nmoe.errors import fail
 from nmoe.graph import TrainingGraph
 
+WAY_OUT = "no program of nmoe writes such a checkpoint: go back to a copy, or start another run in another `run_dir`"
+
 
 @attrs.define(kw_only=True)
 class TrainState:
@@ -36,11 +38,15 @@ class TrainState:
         }
 
     @classmethod
-    def restore(cls, scalars: dict[str, Any], graph: TrainingGraph) -> "TrainState":
-        """The state that `scalars` recorded; sets the graph's random streams to it."""
+    def restore(cls, scalars: dict[str, Any], graph: TrainingGraph, *, step: int) -> "TrainState":
+        """The state that `scalars` recorded; sets the graph's random streams to it.
+
+        step: the one that the checkpoint goes by. RunError N0503 if a counter is missing or no count,
+        or the steps differ.
+        """
         try:
             graph.rounding.counter = _count(scalars["rng"]["rounding"])
-            return cls(
+            state = cls(
                 step=_count(scalars["step"]),
                 tokens_seen=_count(scalars["schedule"]["tokens_seen"]),
                 next_batch=_count(scalars["loader"]["next_batch"]),
@@ -48,8 +54,13 @@ class TrainState:
         except (KeyError, TypeError) as error:
             raise fail(
                 "N0503", f"the checkpoint's training state lacks or misstates {error}",
-                help="nmoe verify RUN --rewind goes back to the newest checkpoint that verifies",
+                help=WAY_OUT,
             ) from error
+        if state.step != step:
+            raise fail(
+                "N0503", f"the checkpoint of step {step} says that {state.step} steps are finished", help=WAY_OUT
+            )
+        return state
 
 
 def _count(value: object) -> int:
