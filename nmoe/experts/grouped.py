@@ -18,6 +18,7 @@ is called at the shape of its segment, in the order of the experts: the bits of 
 depend on the others.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,17 +35,19 @@ class GroupedSwiglu(torch.autograd.Function):
     def forward(
         ctx: Any, x_TD: Tensor, weights_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, places: Layout
     ) -> Tensor:
-        experts, _, width, hidden = w_gate_up_E2FD.shape
-        rows = places.pair_of_row_R.numel()
-        pre_R2F = x_TD.new_empty(rows, 2 * width)
+        rows, hidden = places.token_of_row_R.numel(), x_TD.shape[1]
+        pre_R2F = x_TD.new_empty(rows, 2 * w_gate_up_E2FD.shape[2])
         y_RD = x_TD.new_empty(rows, hidden)
-        for e in range(experts):
-            start, stop = places.segments[e]
-            if start == stop:
-                continue
-            x_RD = x_TD.index_select(0, places.token_of_row_R[start:stop])
-            into(pre_R2F[start:stop], x_RD, w_gate_up_E2FD[e].view(2 * width, hidden).t())
-            into(y_RD[start:stop], swiglu(pre_R2F[start:stop]), w_down_EDF[e].t())
+        parts = zip(
+            *segments(places, places.token_of_row_R, pre_R2F, y_RD),
+            w_gate_up_E2FD.flatten(1, 2).unbind(0),
+            w_down_EDF.unbind(0),
+            strict=True,
+        )
+        for token_R, pre, y, w_gate_up, w_down in parts:
+            if token_R.numel():
+                into(pre, x_TD.index_select(0, token_R), w_gate_up.t())
+                into(y, swiglu(pre), w_down.t())
         ctx.save_for_backward(x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, pre_R2F)
         ctx.places = places
         return combine(y_RD, weights_TK, places)
@@ -53,30 +56,35 @@ class GroupedSwiglu(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, pre_R2F = ctx.saved_tensors
         places: Layout = ctx.places
-        experts, _, width, hidden = w_gate_up_E2FD.shape
         weight_R = weights_TK.reshape(-1).index_select(0, places.pair_of_row_R)
         d_weight_R = torch.empty_like(weight_R)
-        dx_RD = x_TD.new_empty(places.pair_of_row_R.numel(), hidden)
+        dx_RD = x_TD.new_empty(weight_R.numel(), x_TD.shape[1])
         dw_gate_up_E2FD = torch.empty(w_gate_up_E2FD.shape, dtype=torch.float32, device=x_TD.device)
         dw_down_EDF = torch.empty(w_down_EDF.shape, dtype=torch.float32, device=x_TD.device)
-        for e in range(experts):
-            start, stop = places.segments[e]
-            if start == stop:
-                dw_gate_up_E2FD[e].zero_()
-                dw_down_EDF[e].zero_()
+        parts = zip(
+            *segments(places, places.token_of_row_R, pre_R2F, weight_R, d_weight_R, dx_RD),
+            *(w.flatten(1, 2).unbind(0) for w in (w_gate_up_E2FD, dw_gate_up_E2FD)),
+            *(w.unbind(0) for w in (w_down_EDF, dw_down_EDF)),
+            strict=True,
+        )
+        for token_R, pre, weight, d_weight, dx, w_gate_up, dw_gate_up, w_down, dw_down in parts:
+            if not token_R.numel():
+                dw_gate_up.zero_()
+                dw_down.zero_()
                 continue
-            token_R = places.token_of_row_R[start:stop]
             x_RD, dy_RD = x_TD.index_select(0, token_R), dy_TD.index_select(0, token_R)
-            d_act_RF = product(dy_RD, w_down_EDF[e], torch.float32)
-            act_RF, d_pre_R2F, d_weight = swiglu_backward(pre_R2F[start:stop], d_act_RF, weight_R[start:stop])
-            assert d_weight is not None
-            d_weight_R[start:stop] = d_weight
-            into(dw_down_EDF[e], dy_RD.t(), act_RF)
-            into(dw_gate_up_E2FD[e].view(2 * width, hidden), d_pre_R2F.t(), x_RD)
-            into(dx_RD[start:stop], d_pre_R2F, w_gate_up_E2FD[e].view(2 * width, hidden))
-        d_weights_TK = torch.empty_like(weights_TK)
-        d_weights_TK.view(-1)[places.pair_of_row_R] = d_weight_R
+            d_act_RF = product(dy_RD, w_down, torch.float32)
+            act_RF, d_pre_R2F = swiglu_backward(pre, d_act_RF, weight, d_weight)
+            into(dw_down, dy_RD.t(), act_RF)
+            into(dw_gate_up, d_pre_R2F.t(), x_RD)
+            into(dx, d_pre_R2F, w_gate_up)
+        d_weights_TK = d_weight_R.index_select(0, places.row_of_pair_TK.view(-1)).view(weights_TK.shape)
         return combine(dx_RD, None, places), d_weights_TK, dw_gate_up_E2FD, dw_down_EDF, None
+
+
+def segments(places: Layout, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """For each of `rows`, whose first axis is R: its views of the experts' segments, in order."""
+    return (row.split(places.rows) for row in rows)
 
 
 def into(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:

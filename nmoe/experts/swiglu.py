@@ -29,27 +29,32 @@ def swiglu(pre_R2F: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate_RF).mul_(up_RF).to(pre_R2F.dtype)
 
 
-def swiglu_backward(pre_R2F: Tensor, d_act_RF: Tensor, weight_R: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def swiglu_backward(
+    pre_R2F: Tensor, d_act_RF: Tensor, weight_R: Tensor | None, d_weight_R: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The gradient of w * swiglu(pre), with what the weight products need.
+
+    With s = sigmoid(g): silu'(g) = s + g s (1 - s), which is silu(g) taken the way s towards 1.
 
     pre_R2F: (R, 2F), what `swiglu` read. d_act_RF: (R, F) float32, the gradient before the row
     weight; it is overwritten. weight_R: (R,) float32, each row's router weight, or None for 1.
+    d_weight_R: (R,) float32, where <d_act, swiglu(pre)> is written; None where weight_R is.
 
     Returns
     act_RF: float32, w * swiglu(pre) (rounded to pre's dtype before the weight, as forward did).
     d_pre_R2F: (R, 2F) in pre's dtype.
-    d_weight_R: (R,) float32, <d_act, swiglu(pre)>, or None without weights.
     """
     width = pre_R2F.shape[1] // 2
     gate_RF, up_RF = pre_R2F[:, :width].float(), pre_R2F[:, width:].float()
-    silu_RF = torch.nn.functional.silu(gate_RF)
+    sigmoid_RF = torch.sigmoid(gate_RF)
+    silu_RF = gate_RF * sigmoid_RF
     act_RF = (silu_RF * up_RF).to(pre_R2F.dtype).float()
-    d_weight_R = None
-    if weight_R is not None:
-        d_weight_R = (d_act_RF * act_RF).sum(dim=1)
+    if weight_R is not None and d_weight_R is not None:
+        torch.linalg.vecdot(d_act_RF, act_RF, out=d_weight_R)
         act_RF.mul_(weight_R[:, None])
         d_act_RF.mul_(weight_R[:, None])
     d_pre_R2F = torch.empty(pre_R2F.shape, dtype=torch.float32, device=pre_R2F.device)
     torch.mul(d_act_RF, silu_RF, out=d_pre_R2F[:, width:])
-    torch.ops.aten.silu_backward.grad_input(d_act_RF.mul_(up_RF), gate_RF, grad_input=d_pre_R2F[:, :width])
-    return act_RF, d_pre_R2F.to(pre_R2F.dtype), d_weight_R
+    slope_RF = torch.lerp(silu_RF, silu_RF.new_ones(()), sigmoid_RF, out=sigmoid_RF)
+    torch.mul(d_act_RF.mul_(up_RF), slope_RF, out=d_pre_R2F[:, :width])
+    return act_RF, d_pre_R2F.to(pre_R2F.dtype)

@@ -1,54 +1,106 @@
-"""softmax(q k^T / sqrt(d)) v, causal, over the whole sequence or a sliding window.
+"""softmax(q k^T / sqrt(Q)) v, causal, over the whole sequence or a sliding window.
 
-Global attention is torch's fused kernel. A window of w tokens (itself included) is computed in
-O(S w): the sequence is cut into blocks of w, and a block's queries meet the keys of their own block
-and of the one before it, where the mask leaves exactly the w last ones.
+Queries are taken in blocks of `BLOCK`, and a block meets only the keys that one of its queries may
+see: those up to its end, and for a window of w tokens those after its start less w. So global
+attention costs half of the square and a window O(S w). Scores of one block and one sequence exist
+at a time; only q, k and v are saved, and backward computes the probabilities again:
+
+    P = softmax(q K^T / sqrt(Q) + mask)     dP = dy V^T     dS = P * (dP - sum(dP * P))
+    dq = dS K / sqrt(Q)     dK = sum over blocks of dS^T q / sqrt(Q)     dV = sum over blocks of P^T dy
+
+Every sum has one order: products at shapes fixed by (S, w), blocks in their order, one sequence at
+a time. On two CPU cores it is faster than torch's fused kernel, which computes masked scores, too,
+and takes widths of values other than those of keys only with padding. Everything is float32
+whatever the dtype of q.
 """
+
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+BLOCK = 64  # queries of a product
+GROUP = 16  # heads, of one sequence after the other, of a product
 
-def attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, window: int | None) -> Tensor:
-    """Causal attention; query s meets keys s - window < j <= s (all j <= s for None).
 
-    q_BSHQ, k_BSHQ: (B, S, H, Q); v_BSHV: (B, S, H, V). k and v may have fewer heads G, H = n G: query head h then
-    reads head h // n. Returns (B, S, H, V) in q's dtype.
+def attend(q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, window: int | None) -> Tensor:
+    """Causal attention: query i meets keys i - window < j <= i (all j <= i for None).
+
+    q_BHSQ, k_BHSQ: (B, H, S, Q); v_BHSV: (B, H, S, V); one dtype. Returns (B, H, S, V) in it.
     """
-    if window is None or window >= q_BSHQ.shape[1]:
-        return _attend(q_BSHQ, k_BSHQ, v_BSHV, None)
-    return _windowed(q_BSHQ, k_BSHQ, v_BSHV, window)
+    y_BHSV: Tensor = _Attention.apply(q_BHSQ, k_BHSQ, v_BHSV, window)
+    return y_BHSV
 
 
-def _attend(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, mask: Tensor | None) -> Tensor:
-    y_BHSV = torch.nn.functional.scaled_dot_product_attention(
-        q_BSHQ.transpose(1, 2),
-        k_BSHQ.transpose(1, 2),
-        v_BSHV.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=q_BSHQ.shape[2] != k_BSHQ.shape[2],
-    )
-    return y_BHSV.transpose(1, 2)
+@functools.lru_cache(maxsize=64)
+def mask(rows: int, columns: int, window: int | None, device: torch.device) -> Tensor:
+    """0 where a query may see a key, -inf elsewhere: (rows, columns) float32.
+
+    The last query and the last key are the same token, so query r stands at column columns - rows + r.
+    """
+    ahead_CM = torch.arange(columns)[None] - torch.arange(columns - rows, columns)[:, None]
+    hidden_CM = ahead_CM > 0
+    if window is not None:
+        hidden_CM |= ahead_CM <= -window
+    return torch.zeros(rows, columns).masked_fill_(hidden_CM, -torch.inf).to(device)
 
 
-def _windowed(q_BSHQ: Tensor, k_BSHQ: Tensor, v_BSHV: Tensor, window: int) -> Tensor:
-    batch, length, heads, _ = q_BSHQ.shape
-    blocks = -(-length // window)
-    tail = blocks * window - length
+def blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
+    """The blocks of queries, in order, each with the keys that it meets.
 
-    def pad(x: Tensor, before: int) -> Tensor:
-        return torch.nn.functional.pad(x, (0, 0, 0, 0, before, tail))
+    A window's first key is moved down to a multiple of 16, whose extra keys the mask hides: whole vector registers
+    are worth more than the few products.
+    """
+    for start in range(0, length, BLOCK):
+        first = 0 if window is None else max(0, start - window + 1) & ~15
+        stop = min(start + BLOCK, length)
+        yield slice(start, stop), slice(first, stop)
 
-    def pairs(x_BSHQ: Tensor) -> Tensor:
-        x = pad(x_BSHQ, window).unflatten(1, (blocks + 1, window))
-        return torch.cat((x[:, :-1], x[:, 1:]), dim=2).flatten(0, 1)
 
-    q = pad(q_BSHQ, 0).unflatten(1, (blocks, window)).flatten(0, 1)
-    query, key = torch.arange(window)[:, None], torch.arange(2 * window)[None]
-    inside = (key > query) & (key <= query + window)
-    mask = inside.repeat(blocks, 1, 1)
-    mask[0] &= key >= window
-    mask = mask.repeat(batch, 1, 1)[:, None].to(q.device)
-    y = _attend(q, pairs(k_BSHQ), pairs(v_BSHV), mask)
-    return y.reshape(batch, blocks * window, heads, -1)[:, :length]
+def groups(x_BHSX: Tensor) -> tuple[Tensor, ...]:
+    """The sequences and heads as one axis, `GROUP` of them at a time."""
+    return x_BHSX.flatten(0, 1).split(GROUP)
+
+
+def probabilities(q_NCQ: Tensor, k_NMQ: Tensor, window: int | None) -> Tensor:
+    """softmax(q k^T + mask), (N, C, M), for scaled queries that stand at the last C of the M keys."""
+    score_NCM = torch.bmm(q_NCQ, k_NMQ.transpose(1, 2))
+    rows, keys = score_NCM.shape[1:]
+    columns = rows if window is None else keys
+    score_NCM[:, :, keys - columns :].add_(mask(rows, columns, window, q_NCQ.device))
+    return torch.softmax(score_NCM, dim=2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_BHSQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, window: int | None) -> Tensor:
+        ctx.save_for_backward(q_BHSQ, k_BHSQ, v_BHSV)
+        ctx.window = window
+        scale = q_BHSQ.shape[3] ** -0.5
+        y_BHSV = torch.empty_like(v_BHSV)
+        for q_NSQ, k_NSQ, v_NSV, y_NSV in zip(*map(groups, (q_BHSQ, k_BHSQ, v_BHSV, y_BHSV)), strict=True):
+            for rows, keys in blocks(q_BHSQ.shape[2], window):
+                p_NCM = probabilities(q_NSQ[:, rows].float() * scale, k_NSQ[:, keys].float(), window)
+                y_NSV[:, rows] = torch.bmm(p_NCM, v_NSV[:, keys].float())
+        return y_BHSV
+
+    @staticmethod
+    def backward(ctx: Any, dy_BHSV: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q_BHSQ, k_BHSQ, v_BHSV = ctx.saved_tensors
+        scale = q_BHSQ.shape[3] ** -0.5
+        dq_BHSQ = torch.empty_like(q_BHSQ)
+        dk_BHSQ = torch.zeros(k_BHSQ.shape, dtype=torch.float32, device=k_BHSQ.device)
+        dv_BHSV = torch.zeros(v_BHSV.shape, dtype=torch.float32, device=v_BHSV.device)
+        tensors = (q_BHSQ, k_BHSQ, v_BHSV, dy_BHSV, dq_BHSQ, dk_BHSQ, dv_BHSV)
+        for q_NSQ, k_NSQ, v_NSV, dy_NSV, dq_NSQ, dk_NSQ, dv_NSV in zip(*map(groups, tensors), strict=True):
+            for rows, keys in blocks(q_BHSQ.shape[2], ctx.window):
+                q_NCQ, k_NMQ, dy_NCV = q_NSQ[:, rows].float() * scale, k_NSQ[:, keys].float(), dy_NSV[:, rows].float()
+                p_NCM = probabilities(q_NCQ, k_NMQ, ctx.window)
+                dv_NSV[:, keys] += torch.bmm(p_NCM.transpose(1, 2), dy_NCV)
+                dp_NCM = torch.bmm(dy_NCV, v_NSV[:, keys].float().transpose(1, 2))
+                ds_NCM = torch._softmax_backward_data(dp_NCM, p_NCM, 2, torch.float32)
+                dk_NSQ[:, keys] += torch.bmm(ds_NCM.transpose(1, 2), q_NCQ)
+                dq_NSQ[:, rows] = torch.bmm(ds_NCM, k_NMQ).mul_(scale)
+        return dq_BHSQ, dk_BHSQ.to(k_BHSQ.dtype), dv_BHSV.to(v_BHSV.dtype), None

@@ -38,5 +38,8 @@ class Gqa(torch.nn.Module):
         q_BSHQ = rotate_halves(self.q_proj(x_BSD).unflatten(-1, heads), self.rope_theta)
         k_BSGQ = rotate_halves(self.k_proj(x_BSD).unflatten(-1, heads), self.rope_theta)
         v_BSGQ = self.v_proj(x_BSD).unflatten(-1, heads)
-        y: Tensor = self.o_proj(attend(q_BSHQ, k_BSGQ, v_BSGQ, self.window).flatten(2))
+        shared = q_BSHQ.shape[2] // k_BSGQ.shape[2]
+        k_BHSQ, v_BHSQ = (x.transpose(1, 2).repeat_interleave(shared, dim=1) for x in (k_BSGQ, v_BSGQ))
+        y_BHSQ = attend(q_BSHQ.transpose(1, 2).contiguous(), k_BHSQ, v_BHSQ, self.window)
+        y: Tensor = self.o_proj(y_BHSQ.transpose(1, 2).flatten(2))
         return y

@@ -67,7 +67,13 @@ class Mla(torch.nn.Module):
         k_nope_BSHQ, v_BSHV = kv_BSHX.split(self.key_value_sizes, dim=-1)
         q_rope_BSHR = rotate_interleaved(q_rope_BSHR, self.rope_theta)
         k_rope_BSHR = rotate_interleaved(k_rope_BSR[:, :, None], self.rope_theta).expand(q_rope_BSHR.shape)
-        q_BSHQ = torch.cat((q_nope_BSHQ, q_rope_BSHR), dim=-1)
-        k_BSHQ = torch.cat((k_nope_BSHQ, k_rope_BSHR), dim=-1)
-        y: Tensor = self.o_proj(attend(q_BSHQ, k_BSHQ, v_BSHV, self.window).flatten(2))
+        q_BHSQ = by_head(q_nope_BSHQ, q_rope_BSHR)
+        k_BHSQ = by_head(k_nope_BSHQ, k_rope_BSHR)
+        y_BHSV = attend(q_BHSQ, k_BHSQ, by_head(v_BSHV), self.window)
+        y: Tensor = self.o_proj(y_BHSV.transpose(1, 2).flatten(2))
         return y
+
+
+def by_head(*parts_BSHX: Tensor) -> Tensor:
+    """The parts of (B, S, H, _) side by side, as (B, H, S, _) in that order of memory."""
+    return torch.cat([part.transpose(1, 2) for part in parts_BSHX], dim=-1).contiguous()

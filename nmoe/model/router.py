@@ -54,6 +54,10 @@ class SigmoidRouter(torch.nn.Module):
 def select(score_TE: Tensor, top_k: int) -> Tensor:
     """Indices of the top_k largest of each row, falling; of equal ones the lower index comes first.
 
-    score_TE: (T, E) float32. torch.topk leaves the order of ties open; a stable sort does not.
+    score_TE: (T, E) float32. torch.topk leaves the order of ties open, so it is given keys that have none: the
+    score's bits, as an integer of the same order, above E - 1 - e.
     """
-    return torch.sort(score_TE, dim=1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    bits_TE = score_TE.view(torch.int32)
+    ordered_TE = bits_TE ^ ((bits_TE >> 31) & 0x7FFFFFFF)
+    below_E = torch.arange(score_TE.shape[1] - 1, -1, -1, device=score_TE.device)
+    return ((ordered_TE.long() << 32) | below_E).topk(top_k, dim=1).indices

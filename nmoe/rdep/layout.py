@@ -25,8 +25,7 @@ class Layout:
 
     pair_of_row_R: (T*K,) int64, the pair t*K + k of each row. row_of_pair_TK: (T, K) int64, its
     inverse. token_of_row_R: (T*K,) int64, pair // K. rows_per_expert_E: (E,) int64.
-    start_E: (E,) int64, the first row of each expert. segments: (start, stop) of each expert's
-    rows, as integers of the host.
+    start_E: (E,) int64, the first row of each expert. rows: rows_per_expert_E on the host.
     """
 
     pair_of_row_R: Tensor
@@ -34,7 +33,7 @@ class Layout:
     token_of_row_R: Tensor
     rows_per_expert_E: Tensor
     start_E: Tensor
-    segments: tuple[tuple[int, int], ...]
+    rows: list[int]
 
 
 def layout(indices_TK: Tensor, num_experts: int) -> Layout:
@@ -56,15 +55,13 @@ def layout(indices_TK: Tensor, num_experts: int) -> Layout:
     pair_of_row_R = torch.sort(expert_P, stable=True).indices
     row_of_pair_P = torch.empty_like(pair_of_row_R)
     row_of_pair_P[pair_of_row_R] = torch.arange(tokens * top_k, device=indices_TK.device)
-    stop_E = rows_per_expert_E.cumsum(0)
-    start_E = stop_E - rows_per_expert_E
     return Layout(
         pair_of_row_R=pair_of_row_R,
         row_of_pair_TK=row_of_pair_P.view(tokens, top_k),
         token_of_row_R=pair_of_row_R // top_k,
         rows_per_expert_E=rows_per_expert_E,
-        start_E=start_E,
-        segments=tuple(zip(start_E.tolist(), stop_E.tolist(), strict=True)),
+        start_E=rows_per_expert_E.cumsum(0) - rows_per_expert_E,
+        rows=rows_per_expert_E.tolist(),
     )
 
 
@@ -74,11 +71,8 @@ def combine(rows_RD: Tensor, weights_TK: Tensor | None, places: Layout) -> Tenso
     rows_RD: (T*K, D), one row a pair. weights_TK: (T, K) float32, or None for a plain sum.
     Returns (T, D) in the rows' dtype; products and sums are float32, rounded once.
     """
-    y_TD: Tensor | None = None
-    for k, row_T in enumerate(places.row_of_pair_TK.unbind(1)):
-        rows_TD = rows_RD.index_select(0, row_T).float()
-        if weights_TK is not None:
-            rows_TD.mul_(weights_TK[:, k, None])
-        y_TD = rows_TD if y_TD is None else y_TD.add_(rows_TD)
-    assert y_TD is not None, "top_k is at least 1"
+    # A bag of embeddings is this sum: it adds a bag's rows in order, and writes y once.
+    y_TD = torch.nn.functional.embedding_bag(
+        places.row_of_pair_TK, rows_RD.float(), mode="sum", per_sample_weights=weights_TK
+    )
     return y_TD.to(rows_RD.dtype)
