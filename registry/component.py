@@ -36,14 +36,13 @@ class Parameter:
 
     role: embedding | head | norm | matrix | router | expert; the optimizer groups follow it.
     init: normal (std `init_std`) | residual (normal, times `residual_init_scale`) | ones.
-    active: the share of its elements that one token uses (top_k / num_experts for experts).
+    An expert tensor's first axis is the experts, of which a token uses top_k.
     """
 
     name: str
     shape: tuple[int, ...]
     role: str
     init: str = "normal"
-    active: float = 1.0
 
 
 @attrs.frozen(kw_only=True)

@@ -1,10 +1,12 @@
 """[eval]: what is measured on held-out data. It draws nothing from training and changes no bit of it."""
 
 from collections.abc import Iterator
+from posixpath import normpath
 
 import attrs
 
 from nmoe.registry.component import Component, Problem, key, section
+from nmoe.registry.data import MixtureData, Shards
 from nmoe.registry.router import pair_problems
 
 
@@ -34,6 +36,14 @@ class Bpb(Component):
             yield Problem(
                 path=path, message=f"[{path}] does not say what to score",
                 help="add `heldout`, a directory that `nmoe data prepare` wrote",
+            )
+        trained = {config.data.train} if isinstance(config.data, Shards) else set()
+        trained |= set(config.data.sources) if isinstance(config.data, MixtureData) else set()
+        if self.heldout is not None and normpath(self.heldout) in {normpath(directory) for directory in trained}:
+            yield Problem(
+                path=f"{path}.heldout",
+                message=f'"{self.heldout}" is trained on, so nothing in it is held out',
+                help="name other shards",
             )
         yield from pair_problems(f"{path}.sequences", self.sequences, "sequences", config)
 

@@ -16,13 +16,11 @@ class Experts(Component):
 
     intermediate_size: int = key("hidden width of one expert", minimum=1, maximum=2**20)
 
-    def parameters(self, prefix: str, hidden_size: int, num_experts: int, active: float) -> Iterator[Parameter]:
+    def parameters(self, prefix: str, hidden_size: int, num_experts: int) -> Iterator[Parameter]:
         f = self.intermediate_size
-        yield Parameter(
-            name=f"{prefix}.w_gate_up_E2FD", shape=(num_experts, 2, f, hidden_size), role="expert", active=active
-        )
+        yield Parameter(name=f"{prefix}.w_gate_up_E2FD", shape=(num_experts, 2, f, hidden_size), role="expert")
         down = (num_experts, hidden_size, f)
-        yield Parameter(name=f"{prefix}.w_down_EDF", shape=down, role="expert", init="residual", active=active)
+        yield Parameter(name=f"{prefix}.w_down_EDF", shape=down, role="expert", init="residual")
 
     def check(self, config, path: str) -> Iterator[Problem]:
         if self.precision != "fp32" and config.model.dtype == "fp32":

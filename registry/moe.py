@@ -42,8 +42,7 @@ class Moe(Component):
         from nmoe.registry.model import swiglu_parameters
 
         yield from self.router.parameters(f"{prefix}.router", hidden_size)
-        active = self.router.top_k / self.router.num_experts
-        yield from self.experts.parameters(f"{prefix}.experts", hidden_size, self.router.num_experts, active)
+        yield from self.experts.parameters(f"{prefix}.experts", hidden_size, self.router.num_experts)
         if self.num_shared_experts:
             yield from swiglu_parameters(f"{prefix}.shared", hidden_size, self.shared_size)
 

@@ -30,6 +30,13 @@ class Output(Component):
     )
 
     def check(self, config, path: str) -> Iterator[Problem]:
+        for name, value in (("run_dir", self.run_dir), ("metrics_dir", self.metrics_dir)):
+            if value is not None and value.startswith("~"):
+                yield Problem(
+                    path=f"{path}.{name}",
+                    message=f'`{name}` = "{value}": nothing expands `~` here',
+                    help="write the whole path, or one relative to where nmoe is started",
+                )
         run = normpath(self.run_dir)
         if basename(run) in ("", ".", ".."):
             yield Problem(

@@ -16,7 +16,7 @@ import click
 @click.option("--diff", "other", type=click.Path(), metavar="OTHER", help="What differs between CONFIG and OTHER.")
 @click.option("--graph", "graph", type=click.Path(), metavar="FILE", help="Draw the model into FILE.svg or FILE.mmd.")
 @click.option("--schema", "as_schema", is_flag=True, help="The JSON Schema of every config, for editors.")
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key; VALUE is TOML; repeatable.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of CONFIG; VALUE is TOML.")
 @click.option("--ranks", type=click.IntRange(min=1), default=1, metavar="N", help="Size the plan for N ranks.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), default=1, metavar="M", help="... M of them on a node.")
 def command(

@@ -79,6 +79,7 @@ class Source:
             cut = max(0, min(column - 1 - LINE_SHOWN // 2, len(text) - LINE_SHOWN))
             text, column = text[cut : cut + LINE_SHOWN], column - cut
         text = "".join(c if c.isprintable() else " " for c in text).rstrip()
+        column = min(column, len(text) + 1)
         width = max(1, min(span.width, len(text) - column + 1))
         return Diagnostic(
             code=code, message=message, path=self.name, line=span.line, column=column, width=width, source=text,

@@ -217,15 +217,13 @@ def _unknown(key: str, path: Path, table: str, kind: str | None, findings: Findi
         return
     fields = fields_of(TABLE[table][kind])
     names = [*fields, *(["kind"] if kind else [])]
-    elsewhere = []
-    for other, kinds in TABLE.items():
-        homes = [k for k, cls in kinds.items() if key in fields_of(cls)]
-        if homes and other != table:
-            elsewhere.append(f"[{other}]")
-        elif homes:
-            elsewhere.extend(f'kind "{k}"' for k in homes if k is not None)
-    near = closest(key, names, 0.75) or (None if elsewhere else closest(key, names))
-    if near:
+    own_kinds = [f'kind = "{k}"' for k, cls in TABLE[table].items() if k is not None and key in fields_of(cls)]
+    others = {other: kinds.values() for other, kinds in TABLE.items() if other != table}
+    elsewhere = [f"[{other}]" for other, specs in others.items() if any(key in fields_of(cls) for cls in specs)]
+    near = closest(key, names, 0.75) or (None if elsewhere or own_kinds else closest(key, names))
+    if own_kinds:
+        way = f"`{key}` belongs to {' and '.join(own_kinds)}"
+    elif near:
         way = f"did you mean `{near}`?"
     elif elsewhere:
         way = f"`{key}` is a key of {', '.join(elsewhere[:4])}"

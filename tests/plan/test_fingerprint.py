@@ -79,7 +79,7 @@ def texts(draw, tree):
 
 
 @pytest.mark.parametrize("name", sorted(BASES))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_spelling_does_not_matter(name, data):
     text = data.draw(texts(tomllib.loads(BASES[name])))
@@ -87,7 +87,7 @@ def test_spelling_does_not_matter(name, data):
     assert (plan.fingerprint, plan.tree_digest) == (PLANS[name].fingerprint, PLANS[name].tree_digest), text
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_who_says_it_does_not_matter(data, tmp_path_factory):
     """Parent, child and --set share the values in any way, and the parent may say others that are overridden."""

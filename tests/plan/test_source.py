@@ -159,7 +159,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(LINES, max_size=8).map("\n".join))
 def test_every_path_of_a_valid_text_has_a_mark_that_reads_back(text):
     """Where the parser accepts, the scanner finds the same paths, and each value's text parses to the value."""
@@ -182,7 +182,7 @@ def test_every_path_of_a_valid_text_has_a_mark_that_reads_back(text):
         assert mark.key.column + mark.key.width - 1 <= len(lines[mark.key.line - 1])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(alphabet="ab.=[]{}\"'#\n\\, 1-_:", max_size=60) | st.binary(max_size=60))
 def test_no_text_makes_a_traceback(text):
     with pytest.raises(ConfigError):  # nothing so short is a whole config
