@@ -4,8 +4,23 @@ A section whose only kind is None takes no `kind` key. Array sections (`data.sta
 without an index.
 """
 
-from nmoe.registry import attention, batch, config, data, eval, experts, model, moe
-from nmoe.registry import optimizer, output, platform, random, router, schedule, transport
+from nmoe.registry import (
+    attention,
+    batch,
+    config,
+    data,
+    experts,
+    model,
+    moe,
+    optimizer,
+    output,
+    platform,
+    random,
+    router,
+    schedule,
+    transport,
+)
+from nmoe.registry import eval as evaluation
 from nmoe.registry.component import Component
 
 TABLE: dict[str, dict[str | None, type[Component]]] = {
@@ -39,8 +54,8 @@ TABLE: dict[str, dict[str | None, type[Component]]] = {
         "tiktoken": data.TiktokenTokenizer,
     },
     "batch": {None: batch.Batch},
-    "eval": {None: eval.Eval},
-    "eval.bpb": {None: eval.Bpb},
+    "eval": {None: evaluation.Eval},
+    "eval.bpb": {None: evaluation.Bpb},
     "output": {None: output.Output},
 }
 
