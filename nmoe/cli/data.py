@@ -72,6 +72,8 @@ def prepare_command(inputs: tuple[Path, ...], output: Path, tokenizer_path: str,
 
     if heldout_every is not None and heldout_fraction is not None:
         raise click.UsageError("--heldout-every and --heldout-fraction exclude each other.")
+    if heldout_fraction is not None and not 0 < heldout_fraction < 1:  # click's range lets nan through
+        raise click.BadParameter("it lies between 0 and 1", param_hint="--heldout-fraction")
     request = Request(
         separator=None if separator is None else _separator(separator),
         jsonl_field=jsonl_field,

@@ -99,9 +99,9 @@ def test_the_thread_s_failure_surfaces_at_its_step(loader, depth):
 
 def test_an_understood_failure_keeps_its_words(loader):
     with Prefetcher(Failing(loader, 1, fail("N0243", "damaged")), depth=2, first_step=1) as batches:
-        with pytest.raises(RunError, match="N0243.*damaged"):
+        with pytest.raises(RunError, match=r"N0243.*damaged"):
             batches.next()
-        with pytest.raises(RunError, match="N0220.*dead and left no cause"):
+        with pytest.raises(RunError, match=r"N0220.*dead and left no cause"):
             batches.next()
 
 
@@ -113,7 +113,7 @@ def test_a_batch_of_another_step_is_refused(loader):
     for depth in (0, 3):
         with Prefetcher(Off(loader, 0, None), depth=depth, first_step=1) as batches:
             batches.next()
-            with pytest.raises(RunError, match="N0222.*step 3 where step 2 was due"):
+            with pytest.raises(RunError, match=r"N0222.*step 3 where step 2 was due"):
                 batches.next()
 
 

@@ -44,7 +44,7 @@ def by_hand(weights, stages_of, count):
     return sequence[:count]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_sources_follow_largest_remainder(data):
     number = data.draw(st.integers(1, 4))
@@ -103,7 +103,7 @@ def test_sources_of_one_length_and_seeds_have_their_own_order():
     assert other.locate(0, 200)[1].tolist() != start.tolist()
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(first=st.integers(0, 500), count=st.integers(0, 60))
 def test_any_stretch_equals_the_same_stretch_of_the_whole(first, count):
     """Three sources, two stages, several epochs."""
@@ -138,9 +138,9 @@ def test_digest_names_content_and_order(memory_source):
 def test_what_cannot_be_mixed_is_refused():
     other = Row(100)
     other.tokenizer_digest = "f" * 64
-    with pytest.raises(RunError, match="N0210.*source 1 was made by another tokenizer"):
+    with pytest.raises(RunError, match=r"N0210.*source 1 was made by another tokenizer"):
         Mixture([Row(100), other], [stage(None, 1, 1)], seed=0, sequence_length=8)
-    with pytest.raises(RunError, match="N0212.*source 0 has 8 tokens, less than one window of 9"):
+    with pytest.raises(RunError, match=r"N0212.*source 0 has 8 tokens, less than one window of 9"):
         Mixture.single(Row(8), seed=0, sequence_length=8)
     with pytest.raises(RunError, match="N0211"):
         Mixture([Row(100), Row(100)], [stage(None, 2**20, 2**20 - 1)], seed=0, sequence_length=8)

@@ -15,7 +15,8 @@ from nmoe.data.tokenizer import PATTERNS, BytesTokenizer, HuggingFaceTokenizer, 
 from nmoe.errors import ConfigError
 
 END = "<|endoftext|>"
-SAMPLES = ["", "Now, fair Hippolyta", "naïve café — €5, 😀\n\n  tabs\t\r\n", f"text {END} text", "x" * 300, "I'LL we'Re 12345"]
+SAMPLES = ["", "Now, fair Hippolyta", "naïve café — €5, 😀\n\n  tabs\t\r\n", f"text {END} text",
+           "x" * 300, "I'LL we'Re 12345"]
 
 
 def byte_level():
@@ -130,7 +131,8 @@ def test_patterns_are_the_published_ones(monkeypatch):
 
     monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *a, **k: {})
     monkeypatch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *a, **k: {})
-    published = {"gpt2": openai_public.gpt2(), "cl100k": openai_public.cl100k_base(), "o200k": openai_public.o200k_base()}
+    encodings = {"gpt2": openai_public.gpt2, "cl100k": openai_public.cl100k_base, "o200k": openai_public.o200k_base}
+    published = {name: make() for name, make in encodings.items()}
     from nmoe.data.tokenizer import PUBLISHED_END_OF_TEXT
 
     for (name, _), end in PUBLISHED_END_OF_TEXT.items():
@@ -170,7 +172,7 @@ def test_digest_is_of_the_content(json_path, ranks_path, tmp_path):
 
 
 def test_a_text_token_as_end_of_document_stops(json_path):
-    with pytest.raises(ConfigError, match="N0231.*end-of-document token `e`"):
+    with pytest.raises(ConfigError, match=r"N0231.*end-of-document token `e`"):
         open_hf(json_path, "e").encode("e!")
 
 
@@ -207,7 +209,7 @@ def test_bad_json_is_refused(json_path, tmp_path):
             open_hf(path)
     with pytest.raises(ConfigError, match=r"no token `</s>`(.|\n)*one of: <\|endoftext\|>"):
         open_hf(json_path, "</s>")
-    with pytest.raises(ConfigError, match="N0230.*No such file"):
+    with pytest.raises(ConfigError, match=r"N0230.*No such file"):
         open_hf(tmp_path / "absent.json")
 
 
