@@ -14,7 +14,9 @@ class Group(Component):
 
     lr: float = key("peak learning rate", above=0.0, maximum=1000.0)
     lr_floor: float = key("learning rate where the schedule's factor is 0", default=0.0, minimum=0.0, maximum=1000.0)
-    weight_decay: float = key("decoupled weight decay of the matrices, times the rate", default=0.1, minimum=0.0, maximum=1000.0)
+    weight_decay: float = key(
+        "decoupled weight decay of the matrices, times the rate", default=0.1, minimum=0.0, maximum=1000.0
+    )
 
     def build(self, *, name: str, parameters, state_dtype: str, rounding):
         """The group at work on `parameters`, (logical name, tensor) pairs: nmoe.optim.groups.Group."""
@@ -30,7 +32,7 @@ class Group(Component):
         if self.lr * self.weight_decay >= 1.0:
             yield Problem(
                 path=f"{path}.weight_decay",
-                message=f"lr * weight_decay = {self.lr * self.weight_decay:g}: one step would decay a weight to nothing",
+                message=f"lr * weight_decay = {self.lr * self.weight_decay:g}: one step decays a weight to nothing",
                 help=f"set weight_decay below {1 / self.lr:g}",
             )
 

@@ -253,8 +253,8 @@ def _experts(count: int, chosen: int, shared: int, x: float, y: float, wide: flo
     while side > 2 and int(wide // side) * int(high // side) < cells + (1 if ahead else 0):
         side -= 0.5
     columns = max(int(wide // side), 1)
-    # A spread of the chosen ones that looks like a router's: a stride prime to most counts.
-    picked = {(7 + 37 * k) % drawn for k in range(min(chosen, drawn))}
+    # A spread that looks like a router's choice: multiples of the golden ratio.
+    picked = {int(drawn * ((0.35 + 0.618034 * k) % 1)) for k in range(min(chosen, drawn))}
     extra = (k for k in range(drawn) if k not in picked)
     while len(picked) < min(chosen, drawn):
         picked.add(next(extra))
