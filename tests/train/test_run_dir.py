@@ -1,0 +1,283 @@
+"""A run's directory: one owner, one fingerprint, a history that a kill cannot bend."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import attrs
+import pytest
+
+from nmoe.checkpoint import disk
+from nmoe.errors import RunError
+from nmoe.plan.resolve import resolve
+from nmoe.train import events, run_lock
+from nmoe.train.run_dir import RunDir, read_plan
+
+CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
+
+
+def plan_for(path, *sets):
+    return resolve(CONFIG, [f"output.run_dir={json.dumps(str(path))}", *sets])
+
+
+def open_run(path, *sets):
+    return RunDir.open(plan_for(path, *sets), config_text=CONFIG.read_text())
+
+
+def history(path):
+    return [event["event"] for event in events.read(path).events]
+
+
+def test_a_new_run_holds_what_it_was_asked_to_do(tmp_path):
+    plan = plan_for(tmp_path / "a" / "run")
+    with RunDir.open(plan, config_text="# as written\n") as run:
+        assert (run.name, run.attempt, run.continues) == ("run", 1, False)
+        run.record_environment({"exact": {}, "recorded": {}})
+        path = run.path
+    assert (path / "config.toml").read_text() == "# as written\n"
+    assert resolve(path / "resolved.toml").fingerprint == plan.fingerprint
+    assert resolve(path / "resolved.toml").tree_digest == plan.tree_digest
+    assert json.loads((path / "plan.json").read_text()) == json.loads(json.dumps(plan.to_json()))
+    assert json.loads((path / "env.json").read_text()) == {"exact": {}, "recorded": {}}
+    assert sorted(entry.name for entry in path.iterdir()) == [
+        "config.toml", "env.json", "events.jsonl", "lock", "plan.json", "resolved.toml",
+    ]  # fmt: skip
+
+
+def test_each_start_is_an_attempt_of_one_lineage(tmp_path):
+    seen = []
+    for _ in range(3):
+        with open_run(tmp_path / "run") as run:
+            seen.append((run.lineage, run.attempt, run.continues))
+    assert [(attempt, continues) for _, attempt, continues in seen] == [(1, False), (2, True), (3, True)]
+    assert len({lineage for lineage, _, _ in seen}) == 1
+    with open_run(tmp_path / "other") as run:
+        assert run.lineage != seen[0][0]
+
+
+def test_a_new_lineage_stays(tmp_path):
+    with open_run(tmp_path / "run") as run:
+        first = run.lineage
+        run.begin_lineage(["libraries.torch 2.11 2.13"])
+        second = run.lineage
+    with open_run(tmp_path / "run") as run:
+        assert run.lineage == second != first
+        assert run.attempt == 2
+    event = next(event for event in events.read(tmp_path / "run").events if event["event"] == "lineage")
+    assert (event["parent"], event["lineage"], event["changes"]) == (first, second, ["libraries.torch 2.11 2.13"])
+
+
+def test_keys_outside_the_fingerprint_may_change_and_the_files_follow(tmp_path):
+    open_run(tmp_path / "run").close()
+    plan = plan_for(tmp_path / "run", "output.checkpoint_every=7")
+    RunDir.open(plan, config_text="new").close()
+    assert read_plan(tmp_path / "run")["tree_digest"] == plan.tree_digest
+    assert (tmp_path / "run" / "config.toml").read_text() == "new"
+    changed = events.read(tmp_path / "run").events[-1]
+    assert changed["event"] == "changed"
+    assert len(changed["keys"]) == 1
+    assert changed["keys"][0].startswith("output.checkpoint_every: ")
+    assert changed["keys"][0].endswith(" there, 7 here")
+
+
+def test_another_fingerprint_is_refused_with_sections_and_keys(tmp_path):
+    open_run(tmp_path / "run").close()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(RunError, match="N0315") as caught:
+        open_run(tmp_path / "run", "random.seed=99", "schedule.decay_shape='linear'", "output.checkpoint_every=7")
+    text = caught.value.render()
+    assert "it differs in [random], [schedule]" in text
+    assert "random.seed: " in text
+    assert ", 99 here" in text
+    assert "output.checkpoint_every" not in text
+    assert "name another `run_dir`" in text
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with open_run(tmp_path / "run") as run:
+        assert run.attempt == 2, "a refused start counts as none"
+
+
+def test_nothing_is_put_into_a_directory_of_something_else(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match=r"N0313.*`thesis.tex`"):
+        open_run(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(RunError, match=r"N0313.*not a directory"):
+        open_run(tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda run: (run / "plan.json").write_text("{"), "plan.json cannot be read"),
+        (lambda run: (run / "plan.json").write_text('{"fingerprint": 3}'), "plan.json cannot be read"),
+        (lambda run: (run / "plan.json").write_text("[" * 100_000), "plan.json cannot be read"),
+        (lambda run: ((run / "plan.json").unlink(), (run / "checkpoints").mkdir()), "checkpoints and no plan.json"),
+        (lambda run: (run / "events.jsonl").unlink(), "no events.jsonl"),
+    ],
+)
+def test_a_run_that_lacks_its_own_files_is_refused(tmp_path, damage, words):
+    open_run(tmp_path / "run").close()
+    damage(tmp_path / "run")
+    with pytest.raises(RunError, match="N0314") as caught:
+        open_run(tmp_path / "run")
+    assert words in caught.value.render()
+    assert not (tmp_path / "run" / "owner.json").exists(), "the lock was kept"
+
+
+def test_a_directory_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeypatch):
+    real = disk.replace
+    for name in ("owner.json", "config.toml", "resolved.toml", "plan.json"):
+        path = tmp_path / name / "run"
+
+        def dying(target, data, name=name):
+            if target.name == name:
+                raise KeyboardInterrupt
+            real(target, data)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "replace", dying)
+            with pytest.raises(KeyboardInterrupt):
+                open_run(path)
+        assert not (path / "plan.json").exists()
+        with open_run(path) as run:
+            assert run.attempt == (1 if name == "owner.json" else 2)
+        assert (path / "plan.json").exists()
+
+
+# Another process: opens the run, says so, and waits until it is killed or its input is closed.
+HOLDER = """
+import sys
+from nmoe.plan.resolve import resolve
+from nmoe.train.run_dir import RunDir
+with RunDir.open(resolve(sys.argv[1], [sys.argv[2]]), config_text="") as run:
+    print(run.attempt, flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(CONFIG), f"output.run_dir={json.dumps(str(path))}"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return process, int(process.stdout.readline())
+
+
+def test_a_second_process_is_refused_and_a_killed_one_is_taken_over(tmp_path):
+    process, attempt = holder(tmp_path / "run")
+    try:
+        with pytest.raises(RunError, match=rf"N0311.*nmoe train, pid {process.pid} on host .*, since 20") as caught:
+            open_run(tmp_path / "run")
+        assert "wait for it, stop it, or give this one another `run_dir`" in caught.value.render()
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    with open_run(tmp_path / "run") as run:
+        assert run.attempt == attempt + 1
+    takeover = events.read(tmp_path / "run").events[-1]
+    assert takeover["event"] == "takeover"
+    assert f"pid {process.pid} " in takeover["owner"]
+
+
+def test_an_owner_that_ended_well_is_followed_without_a_word(tmp_path):
+    process, _ = holder(tmp_path / "run")
+    process.communicate("")
+    assert process.returncode == 0
+    open_run(tmp_path / "run").close()
+    assert history(tmp_path / "run") == ["start", "start"]
+
+
+def test_one_process_cannot_own_a_run_twice(tmp_path):
+    with open_run(tmp_path / "run"), pytest.raises(RunError, match=f"N0311.*pid {os.getpid()} "):
+        open_run(tmp_path / "run")
+
+
+def test_a_failure_inside_gives_the_run_back(tmp_path):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run"):
+        raise ZeroDivisionError
+    with open_run(tmp_path / "run") as run:
+        assert run.attempt == 2
+    assert history(tmp_path / "run") == ["start", "start"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "dead"),
+    [
+        ({}, True),  # the same kernel
+        ({"host": "a-container"}, True),  # the same kernel under another name
+        ({"boot_id": "before-the-reboot"}, True),  # this machine, another boot
+        ({"boot_id": "x", "host": "elsewhere"}, False),
+        ({"boot_id": "x", "machine_id": "other"}, False),
+        ({"boot_id": "", "host": "elsewhere"}, False),
+    ],
+)
+def test_who_is_proven_dead_by_the_lock(tmp_path, changes, dead):
+    open_run(tmp_path / "run").close()
+    left = attrs.evolve(run_lock.this_process("nmoe train"), pid=1, **changes)
+    (tmp_path / "run" / "owner.json").write_text(json.dumps(attrs.asdict(left)))
+    if dead:
+        open_run(tmp_path / "run").close()
+        assert history(tmp_path / "run")[-1] == "takeover"
+        return
+    with pytest.raises(RunError, match=r"N0312.*another host: nmoe train, pid 1 on host") as caught:
+        open_run(tmp_path / "run")
+    assert f"rm {tmp_path / 'run' / 'owner.json'}" in caught.value.render()
+    (tmp_path / "run" / "owner.json").unlink()
+    open_run(tmp_path / "run").close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"pid": 1}', "[" * 100_000])
+def test_a_broken_record_of_the_owner_is_no_proof(tmp_path, text):
+    open_run(tmp_path / "run").close()
+    (tmp_path / "run" / "owner.json").write_text(text)
+    with pytest.raises(RunError, match=r"N0312.*cannot be read"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("torn", [b'{"time": "2026', b"{", b'{"event": "x", "note": "\xc3', b"\0\0\0"])
+def test_a_torn_last_line_is_cut_off_openly(tmp_path, torn):
+    open_run(tmp_path / "run").close()
+    path = tmp_path / "run" / "events.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn)
+    with open_run(tmp_path / "run") as run:
+        assert run.attempt == 2
+    assert path.read_bytes().startswith(whole + b'{"time"')
+    repair = events.read(tmp_path / "run").events[-1]
+    assert (repair["event"], repair["removed"]) == ("repair", torn.decode(errors="replace"))
+
+
+@pytest.mark.parametrize("line", [b"{", b"[]", b'{"event": "x"}', b'{"event": 1, "lineage": "l", "attempt": 1}'])
+def test_a_broken_line_in_the_middle_is_no_tear(tmp_path, line):
+    open_run(tmp_path / "run").close()
+    path = tmp_path / "run" / "events.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    with pytest.raises(RunError, match=r"N0316.*line 1 of"):
+        open_run(tmp_path / "run")
+
+
+def test_an_event_is_one_durable_line(tmp_path, monkeypatch):
+    synced = []
+    with open_run(tmp_path / "run") as run:
+        monkeypatch.setattr(os, "fsync", lambda number: synced.append(str(Path(f"/proc/self/fd/{number}").readlink())))
+        run.event("note", text="two\nlines", value=0.1)
+        assert synced == [str(run.path / "events.jsonl")]
+        last = events.read(run.path).events[-1]
+        assert (last["text"], last["value"], last["attempt"], last["lineage"]) == ("two\nlines", 0.1, 1, run.lineage)
+        with pytest.raises(ValueError, match="Out of range float"):
+            run.event("note", value=float("nan"))
+
+
+def test_complete_is_what_head_says(tmp_path):
+    from nmoe.checkpoint.manifest import Head
+
+    with open_run(tmp_path / "run") as run:
+        assert not run.is_complete(4)
+        run.checkpoints.mkdir()
+        disk.replace(run.checkpoints / "HEAD", Head(step=4, manifest="a" * 64).encode())
+        assert run.is_complete(4)
+        assert not run.is_complete(5)
