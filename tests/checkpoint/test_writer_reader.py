@@ -290,8 +290,9 @@ def damages(directory):
 
     for path in files:
         bits = path.stat().st_size * 8
-        everywhere = range(bits) if path.name == "HEAD" else sorted(pick.sample(range(bits), min(bits, 16)))
-        yield from ((f"bit {bit}", path, flipped(bit)) for bit in everywhere)
+        each_byte = [byte * 8 + pick.randrange(8) for byte in range(bits // 8)]
+        chosen = each_byte if path.name == "HEAD" else pick.sample(range(bits), min(bits, 12))
+        yield from ((f"bit {bit}", path, flipped(bit)) for bit in chosen)
         yield "truncated", path, edited(lambda c: c[:-1])
         yield "emptied", path, edited(lambda c: b"")
         yield "extended", path, edited(lambda c: c + b"\0")
@@ -324,7 +325,7 @@ def test_every_damage_is_found_before_a_tensor_is_touched(directory, tool):
             path.unlink(missing_ok=True)
         path.write_bytes(content)
         count += 1
-    assert count > 900
+    assert count > 250
     assert tool.holds(directory, 3)
 
 
