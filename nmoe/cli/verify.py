@@ -117,7 +117,8 @@ def _print(result: dict[str, Any], moved: str) -> None:
     else:
         damaged = [checked for checked in result["checkpoints"] if not checked["ok"]]
         way_out = f"; nmoe verify {result['run']} --rewind goes back to the newest that verifies" if damaged else ""
-        click.echo(f"{len(result['faults'])} faults{way_out}", err=True)
+        count = len(result["faults"])
+        click.echo(f"{count} fault{'s' if count != 1 else ''}{way_out}", err=True)
 
 
 def _rewind(run: Path) -> str:
