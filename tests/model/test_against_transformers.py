@@ -1,0 +1,122 @@
+"""DeepSeek-V3, Mixtral's and Qwen3's attention as the transformers library has them, with our weights.
+
+Float32, every one-dimensional tensor random. The library's rotary angles are float32, ours float64,
+which the short sequences here keep within the tolerance.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmoe.model.loss import linear_cross_entropy
+from nmoe.registry.attention import Gqa, Mla
+
+LOGITS, GRADIENTS = 2e-5, 1e-4  # largest error over largest value: two libraries' orders of summation
+
+
+@pytest.fixture(autouse=True)
+def _no_other_kernels(monkeypatch):
+    """The library looks for a distribution called kernels, and must not find the folder of that name."""
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if Path(entry or ".").resolve() != root])
+
+
+def renamed(ours: str) -> str:
+    """The library's name of one of our parameters that has a counterpart of the same shape."""
+    for old, new in (
+        ("embedding.weight_VD", "model.embed_tokens.weight"), ("head.weight_VD", "lm_head.weight"),
+        ("layers.", "model.layers."), ("norm.weight_D", "norm.weight"), ("attention_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"), (".attention.", ".self_attn."), ("_a_norm", "_a_layernorm"),
+        ("kv_a_proj", "kv_a_proj_with_mqa"), ("moe.router.weight_ED", "mlp.gate.weight"),
+        ("moe.router.bias_E", "mlp.gate.e_score_correction_bias"),
+        ("moe.experts.w_gate_up_E2FD", "mlp.experts.gate_up_proj"),
+        ("moe.experts.w_down_EDF", "mlp.experts.down_proj"), ("moe.shared.", "mlp.shared_experts."),
+        ("w_down_DF", "down_proj.weight"),
+    ):  # fmt: skip
+        ours = ours.replace(old, new)
+    return "model.norm.weight" if ours == "norm.weight" else ours
+
+
+def pieces(name, tensor):
+    """(the library's name, our tensor in its shape): gate and up are two tensors there in dense SwiGLUs."""
+    if name.endswith("w_gate_up_2FD"):
+        stem = renamed(name).removesuffix("w_gate_up_2FD")
+        yield f"{stem}gate_proj.weight", tensor[0]
+        yield f"{stem}up_proj.weight", tensor[1]
+    else:
+        yield renamed(name), tensor.flatten(1, 2) if name.endswith("w_gate_up_E2FD") else tensor
+
+
+def compare(model, library):
+    """Logits, loss and every gradient, after our weights have been copied into the library's model."""
+    target = {**dict(library.named_parameters()), **dict(library.named_buffers())}
+    used = set()
+    state = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if n.endswith("bias_E"))]
+    with torch.no_grad():
+        for name, tensor in state:
+            for other, part in pieces(name, tensor):
+                target[other].copy_(part)
+                used.add(other)
+    assert {name for name, _ in library.named_parameters()} <= used
+    ids = torch.randint(0, 64, (2, 41), generator=torch.Generator().manual_seed(3))
+    inputs, targets = ids[:, :-1], ids[:, 1:].reshape(-1)
+    h_TD = model(inputs)
+    logits = model.head(h_TD)
+    expected = library(inputs).logits.flatten(0, 1)
+    assert (logits - expected).abs().max() / expected.abs().max() < LOGITS
+    loss = linear_cross_entropy(h_TD, model.head.weight_VD, targets, chunk_tokens=32)
+    wanted = torch.nn.functional.cross_entropy(expected, targets, reduction="sum")
+    assert abs(loss.item() - wanted.item()) / wanted.item() < LOGITS
+    loss.backward()
+    wanted.backward()
+    for name, parameter in model.named_parameters():
+        for other, gradient in pieces(name, parameter.grad):
+            reference = target[other].grad
+            error = (gradient - reference).abs().max() / reference.abs().max()
+            assert error < GRADIENTS, f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("q_lora_rank", [20, None])
+def test_deepseek_v3(q_lora_rank, make_spec, build_model):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=3, num_key_value_heads=3, n_shared_experts=2, n_routed_experts=8, num_experts_per_tok=3,
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=q_lora_rank, routed_scaling_factor=1.5,
+        norm_topk_prob=True, rms_norm_eps=1e-6, attn_implementation="eager", **sizes,
+    )  # fmt: skip
+    attention = Mla(num_heads=3, q_lora_rank=q_lora_rank, **sizes)
+    compare(build_model(make_spec(attention, top_k=3)), DeepseekV3ForCausalLM(config).float())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_of_mixtral(kv_heads, make_spec, build_model):
+    """Mistral is Mixtral without its experts: the same attention above a dense SwiGLU."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=kv_heads, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=None,
+        attn_implementation="eager",
+    )  # fmt: skip
+    attention = Gqa(num_heads=4, num_kv_heads=kv_heads, head_dim=16)
+    compare(build_model(make_spec(attention, moe=False)), MistralForCausalLM(config).float())
+
+
+def test_sliding_window_of_mistral(make_spec, build_model):
+    """A window of w tokens, itself included, means the same w there."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6, rope_theta=10000.0, sliding_window=6,
+        attn_implementation="eager",
+    )  # fmt: skip
+    model = build_model(make_spec(Gqa(num_heads=4, num_kv_heads=2, head_dim=16), moe=False, layers=2))
+    for layer in model.layers:
+        layer.attention.window = 6
+    compare(model, MistralForCausalLM(config).float())
