@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.kernels.layout import Layout
+
 
 def combine_reference(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Tensor | None = None) -> Tensor:
     """The meaning of `combine`: float32 (float64 for float64 rows), k in order, one rounding."""
@@ -28,13 +30,15 @@ def combine_reference(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, ba
 
 
 @triton.jit
-def gather_kernel(x_ptr, token_ptr, out_ptr, rows, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+def gather_kernel(x_ptr, row_ptr, out_ptr, tokens, D, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    token = tl.load(token_ptr + r, mask=r < rows, other=0).to(tl.int64)
-    mask = (r < rows)[:, None] & (d < D)[None, :]
-    x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=mask)
-    tl.store(out_ptr + r.to(tl.int64)[:, None] * D + d[None, :], x, mask=mask)
+    real = t < tokens
+    mask = real[:, None] & (d < D)[None, :]
+    x = tl.load(x_ptr + t.to(tl.int64)[:, None] * D + d[None, :], mask=mask)
+    for k in tl.static_range(K):
+        row = tl.load(row_ptr + t * K + k, mask=real, other=0).to(tl.int64)
+        tl.store(out_ptr + row[:, None] * D + d[None, :], x, mask=mask)
 
 
 @triton.jit
@@ -70,13 +74,14 @@ def dots_kernel(part_ptr, row_ptr, out_ptr, pairs, rows, parts, BLOCK: tl.conste
     tl.store(out_ptr + p, total, mask=p < pairs)
 
 
-def gather_rows(x_TD: Tensor, token_R: Tensor) -> Tensor:
-    """x_TD's rows in the order of token_R: (R, D)."""
-    rows, width = len(token_R), x_TD.shape[1]
-    out_RD = torch.empty(rows, width, dtype=x_TD.dtype, device=x_TD.device)
-    block_d = min(triton.next_power_of_2(width), 1024)
-    grid = (triton.cdiv(rows, 8), triton.cdiv(width, block_d))
-    gather_kernel[grid](x_TD, token_R, out_RD, rows, width, 8, block_d, num_warps=4)
+def gather_rows(x_TD: Tensor, layout: Layout) -> Tensor:
+    """x_TD's rows in the layout's order, (R, D): each token's row is read once and written K times."""
+    tokens, top_k = layout.row_TK.shape
+    width = x_TD.shape[1]
+    out_RD = torch.empty(tokens * top_k, width, dtype=x_TD.dtype, device=x_TD.device)
+    block_d = min(triton.next_power_of_2(width), 512)
+    grid = (triton.cdiv(tokens, 4), triton.cdiv(width, block_d))
+    gather_kernel[grid](x_TD, layout.row_TK, out_RD, tokens, width, top_k, 4, block_d, num_warps=4)
     return out_RD
 
 

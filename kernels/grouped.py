@@ -17,7 +17,7 @@ UP, DOWN, DGATE, DX = 0, 1, 2, 3
 @gluon.jit
 def produce(
     a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
-    ring_a, ring_b, full, empty, D, rows, n_tiles, k_tiles,
+    ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles,
     KIND: gl.constexpr, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, SHARE: gl.constexpr,
 ):
@@ -35,7 +35,7 @@ def produce(
             r_M = row + gl.arange(0, BM, gl.SliceLayout(1, layout))
             token_M = gl.load(token_ptr + gl.minimum(r_M, end - 1))
             col_K = gl.arange(0, BK, gl.SliceLayout(0, layout))
-            a_MK = x_ptr + token_M.to(gl.int64)[:, None] * D + col_K[None, :]
+            a_MK = x_ptr + token_M.to(gl.int64)[:, None] * (D8 * 8) + col_K[None, :]
         for k in range(k_tiles):
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
@@ -58,7 +58,7 @@ def produce(
                 else:
                     tma.async_copy_global_to_shared(b_desc, [2 * e + half, step * BK, col * BN], bar, b)
             if GATHER:
-                mask_MK = (k * BK + col_K < D)[None, :]
+                mask_MK = (k * BK + col_K < D8 * 8)[None, :]
                 async_copy.async_copy_global_to_shared(ring_a.index(stage), a_MK + k * BK, mask=mask_MK)
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             else:
@@ -69,7 +69,17 @@ def produce(
 
 
 @gluon.jit
-def store_rows(c_desc, stage, value, start_row, end, col):
+def sigmoid(x):
+    """1 / (1 + 2^(-x log2 e)) in four instructions; both approximations are within 2 ulp of float32."""
+    return gl.inline_asm_elementwise(
+        """{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;
+        rcp.approx.ftz.f32 $0, t; }""",
+        "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_rows(c_desc, stage, value, end, x0, col):
     """One staged tile to its rows; the descriptor clips what lies beyond the expert's last row."""
     tma.store_wait(0)
     gl.thread_barrier()
@@ -77,7 +87,7 @@ def store_rows(c_desc, stage, value, start_row, end, col):
     fence_async_shared()
     gl.thread_barrier()
     view = stage._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
-    tma.async_copy_shared_to_global(c_desc, [1 << 30, end, (1 << 30) - (end - start_row), col], view)
+    tma.async_copy_shared_to_global(c_desc, [1 << 30, end, x0, col], view)
 
 
 @gluon.jit
@@ -92,20 +102,20 @@ def fetch_pair(h_desc, staging, loaded, buffer, rows, end, x0, col, WIDTH: gl.co
 
 @gluon.jit
 def gate_piece(
-    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col
+    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col, SETS: gl.constexpr
 ):
     """A quarter (32 columns) of the SwiGLU gradient; returns its part of <dA', A>."""
     layout: gl.constexpr = d.type.layout
-    base: gl.constexpr = 3 * (q % 2)
+    base: gl.constexpr = 3 * (q % SETS)
     col = first_col + q * 32
     mbarrier.wait(loaded, q & 1)
-    if q < 3:  # the other three buffers, once their stores have been read
+    if q < 3 and SETS == 2:  # the other three buffers, once their stores have been read
         tma.store_wait(0)
         gl.thread_barrier()
         fetch_pair(h_desc, staging, loaded, 3 - base, rows, end, x0, col + 32, 32)
     g = staging.index(base).load(layout).to(gl.float32)
     u = staging.index(base + 1).load(layout).to(gl.float32)
-    sig = 1.0 / (1.0 + gl.exp(-g))
+    sig = sigmoid(g)
     silu = g * sig
     a = (silu * u).to(gl.bfloat16).to(gl.float32)
     dot_M = gl.sum(d * a, axis=1)
@@ -125,6 +135,10 @@ def gate_piece(
     tma.async_copy_shared_to_global(c_desc, [1 << 30, end, x0, col], s0)
     tma.async_copy_shared_to_global(c_desc, [1 << 30, end + rows, x0, col], s1)
     tma.async_copy_shared_to_global(aw_desc, [1 << 30, end, x0, col], s2)
+    if q < 3 and SETS == 1:
+        tma.store_wait(0)
+        gl.thread_barrier()
+        fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, col + 32, 32)
     return dot_M
 
 
@@ -132,9 +146,9 @@ def gate_piece(
 def consume(
     which: gl.constexpr,
     c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
-    ring_a, ring_b, full, empty, staging, loaded, rows, n_tiles, k_tiles,
+    ring_a, ring_b, full, empty, order, staging, loaded, rows, n_tiles, k_tiles,
     KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    SHARE: gl.constexpr,
+    SHARE: gl.constexpr, SETS: gl.constexpr,
 ):
     """One warpgroup: every other tile of this block (or its half of every one), products then epilogue."""
     HALF: gl.constexpr = BN // 2
@@ -147,6 +161,7 @@ def consume(
         first_tile += which * step
         step *= 2
         count = which * k_tiles
+    turn = 0
     for tile in range(first_tile, total, step):
         m = tile // n_tiles
         n = tile % n_tiles
@@ -163,6 +178,9 @@ def consume(
             fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, n * BN, 32)
 
         acc = gl.zeros([BM, BN], gl.float32, mma)
+        if SHARE == 1:
+            mbarrier.wait(order.index(which), (turn & 1) ^ (1 - which))
+            turn += 1
         for k in range(k_tiles):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
@@ -176,6 +194,8 @@ def consume(
             if k > 0:
                 mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
             count += 1
+        if SHARE == 1:
+            mbarrier.arrive(order.index(1 - which), count=1)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
         if SHARE == 1:
@@ -183,20 +203,11 @@ def consume(
 
         if KIND == 0:
             gate, up = acc.to(gl.bfloat16).reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
-            store_rows(c_desc, staging.index(0), gate, row, end, n * HALF)
             g = gate.to(gl.float32)
-            u = up.to(gl.float32)
-            a = (g / (1.0 + gl.exp(-g)) * u).to(gl.bfloat16)
-            tma.store_wait(0)
-            gl.thread_barrier()
-            staging.index(1).store(up)
-            staging.index(0).store(a)
-            fence_async_shared()
-            gl.thread_barrier()
-            s1 = staging.index(1)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
-            s0 = staging.index(0)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
-            tma.async_copy_shared_to_global(c_desc, [1 << 30, end + rows, x0, n * HALF], s1)
-            tma.async_copy_shared_to_global(aw_desc, [1 << 30, end, x0, n * HALF], s0)
+            a = (g * sigmoid(g) * up.to(gl.float32)).to(gl.bfloat16)
+            store_rows(c_desc, staging.index(0), gate, end, x0, n * HALF)
+            store_rows(c_desc, staging.index(1 % SETS), up, end + rows, x0, n * HALF)
+            store_rows(aw_desc, staging.index(0), a, end, x0, n * HALF)
         elif KIND == 2:
             left, right = acc.reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
             left0, left1 = left.reshape([BM, 2, HALF // 2]).permute([0, 2, 1]).split()
@@ -204,28 +215,30 @@ def consume(
             r_M = row + gl.arange(0, BM, gl.SliceLayout(1, left0.type.layout))
             w_M = gl.load(weight_ptr + r_M, mask=r_M < end, other=0.0)
             c = n * BN
-            dot_M = gate_piece(0, left0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
-            dot_M += gate_piece(1, left1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
-            dot_M += gate_piece(2, right0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
-            dot_M += gate_piece(3, right1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c)
+            dot_M = gate_piece(0, left0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
+            dot_M += gate_piece(1, left1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
+            dot_M += gate_piece(2, right0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
+            dot_M += gate_piece(3, right1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
             gl.store(dot_ptr + n * rows + r_M, dot_M, mask=r_M < end)
         else:
-            store_rows(c_desc, staging.index(0), acc.to(gl.bfloat16), row, end, n * BN)
+            left, right = acc.to(gl.bfloat16).reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
+            store_rows(c_desc, staging.index(0), left, end, x0, n * BN)
+            store_rows(c_desc, staging.index(1 % SETS), right, end, x0, n * BN + HALF)
     tma.store_wait(0)
 
 
 @gluon.jit
 def rows_kernel(
     a_desc, x_ptr, token_ptr, b_desc, c_desc, h_desc, aw_desc, weight_ptr, dot_ptr,
-    offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, D, rows, n_tiles, k_tiles,
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, D8, rows, n_tiles, k_tiles,
     KIND: gl.constexpr, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, SHARE: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    STAGES: gl.constexpr, SHARE: gl.constexpr, SETS: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.bfloat16)
     ring_a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], tile_layout)
     ring_b = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SHARE] + b_desc.block_shape, b_desc.layout)
-    BUFFERS: gl.constexpr = 1 if KIND == 1 or KIND == 3 else (2 if KIND == 0 else 6)
-    WIDTH: gl.constexpr = BN if BUFFERS == 1 else (BN // 2 if KIND == 0 else 32)
+    BUFFERS: gl.constexpr = 3 * SETS if KIND == 2 else SETS
+    WIDTH: gl.constexpr = 32 if KIND == 2 else BN // 2
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, WIDTH], gl.bfloat16)
     staging0 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, BM, WIDTH], out_layout)
     staging1 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, BM, WIDTH], out_layout)
@@ -235,6 +248,9 @@ def rows_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=SHARE)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(order.index(0), count=1)
+    mbarrier.init(order.index(1), count=1)
     mbarrier.init(loaded.index(0), count=1)
     mbarrier.init(loaded.index(1), count=1)
     fence_async_shared()
@@ -243,15 +259,15 @@ def rows_kernel(
         [
             (consume, (
                 gl.constexpr(0), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
-                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, staging0, loaded.index(0), rows, n_tiles,
-                k_tiles, KIND, BM, BN, BK, STAGES, SHARE)),
+                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging0, loaded.index(0), rows, n_tiles,
+                k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
             (consume, (
                 gl.constexpr(1), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
-                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, staging1, loaded.index(1), rows, n_tiles,
-                k_tiles, KIND, BM, BN, BK, STAGES, SHARE)),
+                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging1, loaded.index(1), rows, n_tiles,
+                k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
             (produce, (
                 a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
-                ring_a, ring_b, full, empty, D, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES, SHARE)),
+                ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES, SHARE)),
         ],
         [4, 4 if GATHER else 1],
         [REGS, PRODUCER_REGS],

@@ -13,6 +13,7 @@ class Launch(NamedTuple):
     stages: int
     share: int
     gather: bool
+    sets: int = 1
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -21,10 +22,10 @@ class Launch(NamedTuple):
 
 
 SM_90A: dict[str, Launch] = {
-    "up": Launch(5, 1, True),
-    "down": Launch(5, 1, False),
-    "dgate": Launch(4, 1, True),
-    "dx": Launch(5, 1, False),
-    "dw_up": Launch(7, 1, True),
-    "dw_down": Launch(7, 1, True),
+    "up": Launch(4, 2, True),
+    "down": Launch(4, 2, False),
+    "dgate": Launch(4, 1, False, 2),
+    "dx": Launch(4, 2, False),
+    "dw_up": Launch(4, 2, False),
+    "dw_down": Launch(4, 2, False),
 }

@@ -71,19 +71,22 @@ def layout_reference(expert_TK: Tensor, num_experts: int) -> Layout:
 
 
 @triton.jit
-def count_kernel(expert_ptr, count_ptr, rank_ptr, pairs, blocks, experts: tl.constexpr, BLOCK: tl.constexpr,
-                 EXPERTS: tl.constexpr):  # fmt: skip
+def count_kernel(expert_ptr, count_ptr, rank_ptr, pairs, blocks, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
     """One block of pairs: count_EB and each pair's rank among the block's pairs of its expert."""
     b = tl.program_id(0)
     p = b * BLOCK + tl.arange(0, BLOCK)
     e = tl.load(expert_ptr + p, mask=p < pairs, other=-1).to(tl.int32)
-    q = b * BLOCK + tl.arange(0, BLOCK)
-    e_again = tl.load(expert_ptr + q, mask=q < pairs, other=-1).to(tl.int32)
-    earlier = (e[:, None] == e_again[None, :]) & (q[None, :] < p[:, None])
-    tl.store(rank_ptr + p, tl.sum(earlier.to(tl.int32), axis=1), mask=p < pairs)
-    j = tl.arange(0, EXPERTS)
-    count = tl.sum((e[:, None] == j[None, :]).to(tl.int32), axis=0)
-    tl.store(count_ptr + j * blocks + b, count, mask=j < experts)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, BLOCK, STEP):
+        q = b * BLOCK + first + tl.arange(0, STEP)
+        other = tl.load(expert_ptr + q, mask=q < pairs, other=-1).to(tl.int32)
+        earlier = (e[:, None] == other[None, :]) & (q[None, :] < p[:, None])
+        rank += tl.sum(earlier.to(tl.int32), axis=1)
+    tl.store(rank_ptr + p, rank, mask=p < pairs)
+    for first in range(0, experts, STEP):
+        j = first + tl.arange(0, STEP)
+        count = tl.sum((e[:, None] == j[None, :]).to(tl.int32), axis=0)
+        tl.store(count_ptr + j * blocks + b, count, mask=j < experts)
 
 
 @triton.jit
@@ -131,13 +134,13 @@ def place_kernel(expert_ptr, before_ptr, rank_ptr, total_ptr, offsets_ptr, first
         tl.store(token_ptr + row, p // top_k, mask=real)
         tl.store(pair_ptr + row, p, mask=real)
     else:
-        e = b - blocks
-        tiles = (tl.load(total_ptr + e) + TILE_ROWS - 1) // TILE_ROWS
-        first_row = tl.load(offsets_ptr + e)
-        first_tile = tl.load(first_tile_ptr + e)
+        mine = b - blocks
+        tiles = (tl.load(total_ptr + mine) + TILE_ROWS - 1) // TILE_ROWS
+        first_row = tl.load(offsets_ptr + mine)
+        first_tile = tl.load(first_tile_ptr + mine)
         for i in range(0, tiles, BLOCK):
             j = i + tl.arange(0, BLOCK)
-            tl.store(tile_expert_ptr + first_tile + j, tl.zeros([BLOCK], tl.int32) + e, mask=j < tiles)
+            tl.store(tile_expert_ptr + first_tile + j, tl.zeros([BLOCK], tl.int32) + mine, mask=j < tiles)
             tl.store(tile_row_ptr + first_tile + j, first_row + j * TILE_ROWS, mask=j < tiles)
 
 
@@ -160,7 +163,7 @@ def make_layout(expert_TK: Tensor, num_experts: int) -> Layout:
     row_TK, token_R, pair_R = new(tokens, top_k), new(pairs), new(pairs)
     bound = pairs // TILE_ROWS + num_experts
     tile_expert, tile_row = new(bound), new(bound)
-    count_kernel[(blocks,)](expert_TK, count_EB, rank_P, pairs, blocks, num_experts, BLOCK, padded, num_warps=4)
+    count_kernel[(blocks,)](expert_TK, count_EB, rank_P, pairs, blocks, num_experts, BLOCK, 16, num_warps=4)
     scan_kernel[(num_experts,)](count_EB, total_E, blocks, 1024, num_warps=4)
     offsets_kernel[(1,)](total_E, offsets_E1, first_tile_E, num_tiles, num_experts, padded, TILE_ROWS, num_warps=4)
     place_kernel[(blocks + num_experts,)](

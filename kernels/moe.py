@@ -74,21 +74,20 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def up_product(x_TD: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> tuple[Tensor, Tensor]:
+def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> tuple[Tensor, Tensor]:
     """h_2RF = X[token] @ W_gate^T and X[token] @ W_up^T, and a_RF = silu(h_0) * h_1 of the rounded h."""
     from nmoe.kernels.grouped import rows_kernel
 
     experts, _, F, D = w_gate_up_E2FD.shape
     R = len(layout.token_R)
-    h_2RF = torch.empty(2, R, F, dtype=x_TD.dtype, device=x_TD.device)
-    a_RF = torch.empty(R, F, dtype=x_TD.dtype, device=x_TD.device)
-    rows_RD = x_TD if p.gather else gather_rows(x_TD, layout.token_R)
+    h_2RF = torch.empty(2, R, F, dtype=x.dtype, device=x.device)
+    a_RF = torch.empty(R, F, dtype=x.dtype, device=x.device)
     h_desc = _ragged(h_2RF, 128, 64)
     rows_kernel[(_blocks(),)](
-        _ragged(rows_RD, 128, 64), x_TD, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [2, 64, 64]),
+        _ragged(x, 128, 64), x, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [2, 64, 64]),
         h_desc, h_desc, _ragged(a_RF, 128, 64), layout.token_R, layout.token_R,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D, R,
-        _cdiv(F, 64 * p.share), _cdiv(D, 64), 0, p.gather, 128, 128, 64, p.stages, p.share, *p.registers, num_warps=4,
+        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
+        _cdiv(F, 64 * p.share), _cdiv(D, 64), 0, p.gather, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return h_2RF, a_RF
 
@@ -100,18 +99,18 @@ def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Layout, p: Launch) ->
     _, D, F = w_down_EDF.shape
     R = len(layout.token_R)
     y_RD = torch.empty(R, D, dtype=a_RF.dtype, device=a_RF.device)
-    y_desc = _ragged(y_RD, 128, 128)
+    y_desc = _ragged(y_RD, 128, 64)
     rows_kernel[(_blocks(),)](
         _ragged(a_RF, 128, 64), a_RF, layout.token_R, _weights(w_down_EDF, [1, 128, 64]),
         y_desc, y_desc, y_desc, layout.token_R, layout.token_R,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D, R,
-        _cdiv(D, 128 * p.share), _cdiv(F, 64), 1, False, 128, 128, 64, p.stages, p.share, *p.registers, num_warps=4,
+        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
+        _cdiv(D, 128 * p.share), _cdiv(F, 64), 1, False, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return y_RD
 
 
 def dgate_product(
-    dout_TD: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Layout, p: Launch
+    dout: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Layout, p: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dA' = dO[token] @ W_down; returns dh_2RF, the weighted a_RF, and <dA', A> in parts (N, R)."""
     from nmoe.kernels.grouped import rows_kernel
@@ -122,12 +121,11 @@ def dgate_product(
     aw_RF = torch.empty(R, F, dtype=h_2RF.dtype, device=h_2RF.device)
     tiles = _cdiv(F, 128 * p.share)
     dot_NR = torch.empty(tiles * p.share, R, dtype=torch.float32, device=h_2RF.device)
-    rows_RD = dout_TD if p.gather else gather_rows(dout_TD, layout.token_R)
     rows_kernel[(_blocks(),)](
-        _ragged(rows_RD, 128, 64), dout_TD, layout.token_R, _weights(w_down_EDF, [1, 64, 128]),
+        _ragged(dout, 128, 64), dout, layout.token_R, _weights(w_down_EDF, [1, 64, 128]),
         _ragged(dh_2RF, 128, 32), _ragged(h_2RF, 128, 32), _ragged(aw_RF, 128, 32), weight_R, dot_NR,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D, R,
-        tiles, _cdiv(D, 64), 2, p.gather, 128, 128, 64, p.stages, p.share, *p.registers, num_warps=4,
+        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
+        tiles, _cdiv(D, 64), 2, p.gather, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return dh_2RF, aw_RF, dot_NR
 
@@ -139,18 +137,18 @@ def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch
     experts, _, F, D = w_gate_up_E2FD.shape
     R = dh_2RF.shape[1]
     dx_RD = torch.empty(R, D, dtype=dh_2RF.dtype, device=dh_2RF.device)
-    dx_desc = _ragged(dx_RD, 128, 128)
+    dx_desc = _ragged(dx_RD, 128, 64)
     rows_kernel[(_blocks(),)](
         _ragged(dh_2RF, 128, 64), dh_2RF, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [1, 64, 128]),
         dx_desc, dx_desc, dx_desc, layout.token_R, layout.token_R,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D, R,
-        _cdiv(D, 128 * p.share), 2 * _cdiv(F, 64), 3, False, 128, 128, 64, p.stages, p.share, *p.registers, num_warps=4,
+        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
+        _cdiv(D, 128 * p.share), 2 * _cdiv(F, 64), 3, False, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return dx_RD
 
 
 def weight_gradient(
-    tokens_TD: Tensor, rows_PRF: Tensor, layout: Layout, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
+    tokens: Tensor, rows_PRF: Tensor, layout: Layout, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
 ) -> None:
     """out[e] (+)= sum over e's rows r, in order, of rows[r] x tokens[token(r)] (outer products), float32.
 
@@ -160,13 +158,12 @@ def weight_gradient(
     from nmoe.kernels.wgrad import wgrad_kernel
 
     planes, R, F = rows_PRF.shape
-    D = tokens_TD.shape[1]
+    D = tokens.shape[1]
     experts = len(layout.offsets_E1) - 1
     g_tiles, r_tiles = _cdiv(D, 128 * p.share), _cdiv(F, 128)
-    rows_RD = tokens_TD if p.gather else gather_rows(tokens_TD, layout.token_R)
     wgrad_kernel[(_blocks(),)](
-        _ragged(rows_RD, 64, 128), tokens_TD, layout.token_R, _ragged(rows_PRF, 64, 128), out, layout.offsets_E1,
-        D, F, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
+        _ragged(tokens, 64, 128), tokens, layout.token_R, _ragged(rows_PRF, 64, 128), out, layout.offsets_E1,
+        D // 8, F, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
         planes, tokens_first, p.gather, accumulate, 128, 128, 64, p.stages, p.share, *p.registers, num_warps=4,
     )  # fmt: skip
 
@@ -177,7 +174,8 @@ def moe_forward(
 ) -> tuple[Tensor, Saved]:  # fmt: skip
     """The layer's output (T, D) in bf16 and what backward needs."""
     layout = make_layout(expert_TK, w_down_EDF.shape[0])
-    h_2RF, a_RF = up_product(x_TD, w_gate_up_E2FD, layout, table["up"])
+    x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
+    h_2RF, a_RF = up_product(x, w_gate_up_E2FD, layout, table["up"])
     y_RD = down_product(a_RF, w_down_EDF, layout, table["down"])
     return combine(y_RD, layout.row_TK, weight_TK), Saved(h_2RF, weight_TK, layout)
 
@@ -198,10 +196,15 @@ def moe_backward(
             torch.empty(w_down_EDF.shape, dtype=torch.float32, device=x_TD.device),
         )
     weight_R = saved.weight_TK.view(-1)[layout.pair_R]
-    dh_2RF, aw_RF, dot_NR = dgate_product(dout_TD, w_down_EDF, saved.h_2RF, weight_R, layout, table["dgate"])
-    weight_gradient(dout_TD, aw_RF[None], layout, grads[1], accumulate, True, table["dw_down"])
-    del aw_RF
-    weight_gradient(x_TD, dh_2RF, layout, grads[0], accumulate, False, table["dw_up"])
+    dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
+    dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
+    dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, saved.h_2RF, weight_R, layout, table["dgate"])
+    dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
+    weight_gradient(dout, aw_RF[None], layout, grads[1], accumulate, True, table["dw_down"])
+    del aw_RF, dout, dout_RD
+    x = x_TD if table["dw_up"].gather else gather_rows(x_TD, layout)
+    weight_gradient(x, dh_2RF, layout, grads[0], accumulate, False, table["dw_up"])
+    del x
     dx_RD = dx_product(dh_2RF, w_gate_up_E2FD, layout, table["dx"])
     dx_TD = combine(dx_RD, layout.row_TK, None, dx_base_TD)
     return Gradients(dx_TD, sum_dots(dot_NR, layout.row_TK), *grads)

@@ -24,7 +24,7 @@ def locate(tile, g_tiles, r_tiles):
 
 @gluon.jit
 def produce(
-    g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D, rows, g_tiles, r_tiles, tiles,
+    g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles, tiles,
     PLANES: gl.constexpr, GATHER: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, SHARE: gl.constexpr,
 ):
@@ -54,8 +54,8 @@ def produce(
                 g_view = ring_g.index(stage * SHARE + i)
                 if GATHER:
                     col_G = col + gl.arange(0, BG, gl.SliceLayout(0, layout))
-                    at_KG = x_ptr + token_K.to(gl.int64)[:, None] * D + col_G[None, :]
-                    async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D)[None, :])
+                    at_KG = x_ptr + token_K.to(gl.int64)[:, None] * (D8 * 8) + col_G[None, :]
+                    async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D8 * 8)[None, :])
                 else:
                     g_view = g_view._reinterpret(g_desc.dtype, g_desc.block_shape, g_desc.layout)
                     tma.async_copy_global_to_shared(g_desc, [1 << 30, end, x0, col], bar, g_view)
@@ -68,7 +68,7 @@ def produce(
 
 @gluon.jit
 def consume(
-    which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D, F, g_tiles, r_tiles, tiles,
+    which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, order, D8, F, g_tiles, r_tiles, tiles,
     PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, ACCUMULATE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr,
     BK: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
 ):
@@ -76,6 +76,7 @@ def consume(
     BM: gl.constexpr = BG if TOKENS_FIRST else BR
     BN: gl.constexpr = BR if TOKENS_FIRST else BG
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    D = D8 * 8
     count = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -104,6 +105,8 @@ def consume(
             else:
                 acc = gl.zeros([BM, BN], gl.float32, mma)
             at = count
+            if SHARE == 1:
+                mbarrier.wait(order.index(which), ((turn // 2) & 1) ^ (1 - which))
             for k in range(steps):
                 stage = at % STAGES
                 mbarrier.wait(full.index(stage), (at // STAGES) & 1)
@@ -117,6 +120,8 @@ def consume(
                 if k > 0:
                     mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
                 at += 1
+            if SHARE == 1:
+                mbarrier.arrive(order.index(1 - which), count=1)
             acc = warpgroup_mma_wait(0, deps=[acc])
             if steps > 0:
                 mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
@@ -127,7 +132,7 @@ def consume(
 
 @gluon.jit
 def wgrad_kernel(
-    g_desc, x_ptr, token_ptr, r_desc, out_ptr, offsets_ptr, D, F, rows, g_tiles, r_tiles, tiles,
+    g_desc, x_ptr, token_ptr, r_desc, out_ptr, offsets_ptr, D8, F, rows, g_tiles, r_tiles, tiles,
     PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
     BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
     REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
@@ -141,18 +146,21 @@ def wgrad_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=SHARE)
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(order.index(0), count=1)
+    mbarrier.init(order.index(1), count=1)
     fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
         [
             (consume, (
-                gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D, F, g_tiles, r_tiles, tiles,
+                gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, order, D8, F, g_tiles, r_tiles, tiles,
                 PLANES, TOKENS_FIRST, ACCUMULATE, BG, BR, BK, STAGES, SHARE)),
             (consume, (
-                gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D, F, g_tiles, r_tiles, tiles,
+                gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, order, D8, F, g_tiles, r_tiles, tiles,
                 PLANES, TOKENS_FIRST, ACCUMULATE, BG, BR, BK, STAGES, SHARE)),
             (produce, (
-                g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D, rows, g_tiles, r_tiles,
+                g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles,
                 tiles, PLANES, GATHER, BG, BR, BK, STAGES, SHARE)),
         ],
         [4, 4 if GATHER else 1],

@@ -104,20 +104,23 @@ def exact(x: Inputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def tables(names: str) -> dict[str, dict[str, Launch]]:
-    """The pinned table, or each of the variants put in every place."""
-    if names == "pinned":
-        return {"pinned": SM_90A}
+    """The pinned table, or variants by name: gather g or none n, share, sets; "n21" is TMA, shared, one set."""
     made = {}
     for name in names.split(","):
-        share, gather = int(name[1]), name[0] == "g"
-        made[name] = {k: Launch(stages(k, share), share, gather and k not in ("down", "dx")) for k in SM_90A}
+        if name == "pinned":
+            made[name] = SM_90A
+            continue
+        share, sets = int(name[1]), int(name[2])
+        made[name] = {
+            k: Launch(stages(k, share, sets), share, name[0] == "g" and k not in ("down", "dx"), sets) for k in SM_90A
+        }
     return made
 
 
-def stages(kernel: str, share: int) -> int:
-    if kernel.startswith("dw"):
-        return 7 if share == 1 else 4
-    return (4 if kernel == "dgate" else 5) if share == 1 else (2 if kernel == "dgate" else 3)
+def stages(kernel: str, share: int, sets: int) -> int:
+    """As many as 227 KiB of shared memory hold beside the staging buffers."""
+    staging = 0 if kernel.startswith("dw") else 2 * sets * (24 if kernel == "dgate" else 16)
+    return (226 - staging) // (16 + 16 * share)
 
 
 def check(variants: str) -> list[dict]:
@@ -138,7 +141,7 @@ def check(variants: str) -> list[dict]:
             token = want.token_R.long()
             for label, table in tables(variants).items():
                 row: dict = {"shape": name, "routing": routing, "table": label, "layout": same}
-                h, a = moe.up_product(x.x_TD, x.w_gate_up_E2FD, got, table["up"])
+                h, a = moe.up_product(x.x_TD if table["up"].gather else x.x_TD[token], x.w_gate_up_E2FD, got, table["up"])
                 h64 = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
                 e_R = x.expert_TK.reshape(-1)[want.pair_R.long()].long()
                 for e in range(shape.E):
@@ -203,52 +206,74 @@ def milliseconds(call: Callable[[], object], runs: int = 15) -> float:
     return statistics.median(b.elapsed_time(e) for b, e in times)
 
 
-def dense_time(shape: Shape) -> float:
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """The call as a CUDA graph, for work that is shorter than its launches."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def dense_call(shape: Shape) -> Callable[[], object]:
     """One dense bf16 product with the forward's FLOPs."""
     a = torch.randn(shape.T * shape.K, shape.D, device="cuda", dtype=torch.bfloat16)
     b = torch.randn(3 * shape.F, shape.D, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(len(a), len(b), device="cuda", dtype=torch.bfloat16)
-    return milliseconds(lambda: torch.mm(a, b.T, out=out))
+    return lambda: torch.mm(a, b.T, out=out)
 
 
 def time_kernels(shape: Shape, routing: str, variants: str) -> list[dict]:
-    """Each part alone, in ms and TFLOP/s or TB/s."""
+    """Each part alone, in ms and TFLOP/s or GB/s; gathers are counted on their own line."""
     x = make_inputs(shape, routing)
     lay = make_layout(x.expert_TK, shape.E)
     third = shape.flops / 3
     R = shape.T * shape.K
-    moved = 2.0 * R * shape.D
+    moved = 2.0 * R * shape.D + 2.0 * shape.T * shape.D
     report = []
 
-    def show(kernel: str, label: str, ms: float, flops: float = 0.0, gbytes: float = 0.0) -> None:
-        rate = f"{flops / ms / 1e9:7.0f} TFLOP/s" if flops else f"{gbytes / ms / 1e6:7.0f} GB/s"
-        report.append({"kernel": kernel, "table": label, "ms": ms, "flops": flops, "bytes": gbytes})
+    def show(kernel: str, label: str, call: Callable[[], object], flops: float = 0.0, moves: float = 0.0) -> None:
+        try:
+            ms = milliseconds(call)
+        except (RuntimeError, AssertionError) as problem:
+            print(f"{shape} {kernel} {label} failed: {str(problem)[-200:]}", flush=True)
+            raise
+        rate = f"{flops / ms / 1e9:7.0f} TFLOP/s" if flops else f"{moves / ms / 1e6:7.0f} GB/s"
+        report.append({"kernel": kernel, "table": label, "ms": ms, "flops": flops, "bytes": moves})
         print(f"{shape} {routing:8} {kernel:8} {label:7} {ms:8.3f} ms {rate}", flush=True)
 
-    show("dense", "", dense_time(shape), shape.flops)
-    show("layout", "", milliseconds(lambda: make_layout(x.expert_TK, shape.E)), gbytes=16.0 * R)
-    show("gather", "", milliseconds(lambda: gather_rows(x.x_TD, lay.token_R)), gbytes=2 * moved)
+    show("dense", "", dense_call(shape), shape.flops)
+    show("layout", "", captured(lambda: make_layout(x.expert_TK, shape.E)), moves=16.0 * R)
+    x_RD, dout_RD = gather_rows(x.x_TD, lay), gather_rows(x.dout_TD, lay)
+    show("gather", "", lambda: gather_rows(x.x_TD, lay), moves=moved)
+    show("combine", "", lambda: combine(x_RD, lay.row_TK, x.weight_TK), moves=moved)
+    w_R = x.weight_TK.view(-1)[lay.pair_R]
+    gu = torch.empty(x.w_gate_up_E2FD.shape, device="cuda")
+    dn = torch.empty(x.w_down_EDF.shape, device="cuda")
+    dh = torch.randn(2, R, shape.F, device="cuda").bfloat16()
+    aw = torch.randn(R, shape.F, device="cuda").bfloat16()
     for label, table in tables(variants).items():
-        h, a = moe.up_product(x.x_TD, x.w_gate_up_E2FD, lay, table["up"])
-        show("up", label, milliseconds(lambda t=table: moe.up_product(x.x_TD, x.w_gate_up_E2FD, lay, t["up"])), 2 * third)
-        y = moe.down_product(a, x.w_down_EDF, lay, table["down"])
-        show("down", label, milliseconds(lambda t=table, a=a: moe.down_product(a, x.w_down_EDF, lay, t["down"])), third)
-        w_R = x.weight_TK.view(-1)[lay.pair_R]
-        del a
-        dh, aw, _ = moe.dgate_product(x.dout_TD, x.w_down_EDF, h, w_R, lay, table["dgate"])
-        show("dgate", label, milliseconds(
-            lambda t=table, h=h: moe.dgate_product(x.dout_TD, x.w_down_EDF, h, w_R, lay, t["dgate"])), third)  # fmt: skip
-        show("dx", label, milliseconds(lambda t=table, dh=dh: moe.dx_product(dh, x.w_gate_up_E2FD, lay, t["dx"])), 2 * third)
-        gu = torch.empty(x.w_gate_up_E2FD.shape, device="cuda")
-        dn = torch.empty(x.w_down_EDF.shape, device="cuda")
-        for add in (False, True):
-            end = "+=" if add else "="
-            show("dw_up", label + end, milliseconds(lambda t=table, dh=dh, add=add: moe.weight_gradient(
-                x.x_TD, dh, lay, gu, add, False, t["dw_up"])), 2 * third)  # fmt: skip
-            show("dw_down", label + end, milliseconds(lambda t=table, aw=aw, add=add: moe.weight_gradient(
-                x.dout_TD, aw[None], lay, dn, add, True, t["dw_down"])), third)  # fmt: skip
-        del h, dh, aw, gu, dn
-    show("combine", "", milliseconds(lambda: combine(y, lay.row_TK, x.weight_TK)), gbytes=moved + 2.0 * shape.T * shape.D)
+        for name, p in table.items():
+            rows = x.x_TD if p.gather else x_RD
+            drows = x.dout_TD if p.gather else dout_RD
+            if name == "up":
+                show(name, label, lambda p=p, r=rows: moe.up_product(r, x.w_gate_up_E2FD, lay, p), 2 * third)
+            elif name == "down":
+                show(name, label, lambda p=p: moe.down_product(aw, x.w_down_EDF, lay, p), third)
+            elif name == "dgate":
+                show(name, label, lambda p=p, r=drows: moe.dgate_product(r, x.w_down_EDF, dh, w_R, lay, p), third)
+            elif name == "dx":
+                show(name, label, lambda p=p: moe.dx_product(dh, x.w_gate_up_E2FD, lay, p), 2 * third)
+            else:
+                for add in (False, True):
+                    end = label + ("+=" if add else "=")
+                    if name == "dw_up":
+                        show(name, end, lambda p=p, r=rows, add=add: moe.weight_gradient(
+                            r, dh, lay, gu, add, False, p), 2 * third)  # fmt: skip
+                    else:
+                        show(name, end, lambda p=p, r=drows, add=add: moe.weight_gradient(
+                            r, aw[None], lay, dn, add, True, p), third)  # fmt: skip
     return report
 
 

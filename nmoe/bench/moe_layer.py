@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nmoe.bench.moe import Inputs, Shape, dense_time, make_inputs, milliseconds
+from nmoe.bench.moe import Inputs, Shape, dense_call, make_inputs, milliseconds
 from nmoe.kernels import moe
 from nmoe.kernels.launch import SM_90A
 from nmoe.kernels.router import route, route_backward
@@ -57,7 +57,7 @@ def grouped_composite(x: Inputs, top_k: int) -> tuple[Callable, Callable]:
 def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
     """ms and TFLOP/s of forward, backward and both, and the bytes kept for backward."""
     x = make_inputs(shape, routing)
-    dense = dense_time(shape)
+    dense = milliseconds(dense_call(shape))
     report = [{"shape": name, "routing": routing, "who": "dense", "forward": dense, "backward": 2 * dense}]
     for who, make in (("ours", ours), ("grouped_mm", grouped_composite)):
         forward, backward = make(x, shape.K)
