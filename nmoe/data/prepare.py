@@ -344,8 +344,11 @@ def _text(batch: Batch, record: Record, field: str) -> str:
     if not isinstance(tree, dict) or not isinstance(tree.get(field), str):
         raise _bad_text(f"the line is no object with a string `{field}`", place)
     value: str = tree[field]
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _bad_text(f"`{field}` holds a lone surrogate, which has no UTF-8", place)
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise _bad_text(f"`{field}` holds a lone surrogate, which has no UTF-8", place) from error
     return value
 
 

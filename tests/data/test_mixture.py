@@ -94,6 +94,15 @@ def test_each_epoch_visits_each_window_once_in_another_order():
     assert len({tuple(rank) for rank in ranks}) == 4
 
 
+def test_a_stage_goes_on_where_the_one_before_stopped():
+    """A source's epochs run through the stages: 30 + 70 of its 100 windows are all of them, once."""
+    stages = [stage(45, 2, 1), stage(80, 0, 1), stage(None, 7, 3)]
+    mixture = Mixture([Row(801), Row(400)], stages, seed=5, sequence_length=8)
+    source, start = mixture.locate(0, 180)
+    assert sorted(start[source == 0].tolist()) == [8 * w for w in range(100)]
+    assert sorted(start[source == 1][:50].tolist()) == [8 * w for w in range(50)]
+
+
 def test_sources_of_one_length_and_seeds_have_their_own_order():
     stages = [stage(None, 1, 1)]
     mixture = Mixture([Row(801), Row(801)], stages, seed=5, sequence_length=8)

@@ -167,7 +167,26 @@ def test_stopped_while_finishing(inputs, tmp_path, monkeypatch):
                 break
             except Killed:
                 pass
+        with pytest.raises(Killed):
+            run(folder, output, request, progress=kill_at(0))
+        assert not list(output.rglob("manifest.json"))
         run(folder, output, request)
+        assert tree(output) == tree(tmp_path / "straight")
+
+
+def test_what_lies_behind_the_journal_is_cut_off(inputs, tmp_path, small_batches):
+    """A file system may leave garbage after the durable bytes when the power fails."""
+    folder, _ = inputs
+    run(folder, tmp_path / "straight")
+    for stop in (0, 35):
+        output = tmp_path / f"stopped{stop}"
+        with pytest.raises(Killed):
+            run(folder, output, progress=kill_at(stop))
+        for path in list((output / "train").glob("*.part")):
+            with path.open("ab") as file:
+                file.write(b"\0" * 100_000)
+        (output / "train" / "shard_000099.bin").write_bytes(b"stray")
+        run(folder, output)
         assert tree(output) == tree(tmp_path / "straight")
 
 

@@ -221,6 +221,20 @@ def test_resealed_content_is_found_by_verify(texts, write_shards, directory):
         open_shards(directory).verify()
 
 
+def test_an_offset_too_many_is_found_by_verify(directory):
+    """A document that begins where no end-of-document token stands."""
+    import hashlib
+
+    content = (directory / "documents.bin").read_bytes()
+    last = json.loads((directory / "manifest.json").read_bytes())["num_tokens"] - 1
+    content += struct.pack("<Q", last)
+    (directory / "documents.bin").write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    reseal(directory, lambda tree: tree.update(documents_sha256=digest, num_documents=len(content) // 8))
+    with pytest.raises(RunError, match=r"N0243.*`documents.bin` .*60 documents found"):
+        open_shards(directory).verify()
+
+
 def test_an_id_outside_the_vocabulary_stops(directory):
     """Shards resealed with an id that no embedding has."""
     import hashlib
