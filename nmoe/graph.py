@@ -10,6 +10,7 @@ import attrs
 import torch
 
 from nmoe.data.loader import Loader
+from nmoe.errors import fail
 from nmoe.model.block import Block
 from nmoe.model.init import initialize
 from nmoe.model.router import SigmoidRouter
@@ -61,7 +62,10 @@ class TrainingGraph:
 
 
 def build(plan: Plan) -> TrainingGraph:
-    """Assemble the parts on torch's current default device and draw the initial weights."""
+    """Assemble the parts on torch's current default device and draw the initial weights.
+
+    RunError N0506 if the data's tokenizer has more tokens than the model has room for.
+    """
     config = plan.config
     model = config.model.build(transport=config.transport.build())
     shapes = list(config.model.parameters())
@@ -84,6 +88,13 @@ def build(plan: Plan) -> TrainingGraph:
     ]
 
     mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
+    if mixture.vocab_size > config.model.vocab_size:
+        raise fail(
+            "N0506",
+            f"the data has {mixture.vocab_size} tokens, the model has room for {config.model.vocab_size}",
+            place="[data] and model.vocab_size",
+            help=f"set vocab_size to at least {mixture.vocab_size}",
+        )
     return TrainingGraph(
         model=model,
         optimizer=Optimizer(groups),
