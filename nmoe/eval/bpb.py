@@ -18,6 +18,7 @@ import attrs
 import torch
 
 from nmoe.data.heldout import HeldoutWindows
+from nmoe.errors import fail
 from nmoe.eval.lockstep import calls
 from nmoe.model.loss import token_losses
 from nmoe.model.transformer import Transformer
@@ -35,6 +36,15 @@ class BpbResult:
     num_bytes: int
 
 
+def require_text(windows: HeldoutWindows) -> None:
+    """RunError N0506 if no target of any window stands for a byte: to be called before hours are spent on training."""
+    if not any(windows.batch(index, 1).num_bytes for index in range(len(windows))):
+        raise fail(
+            "N0506", f"the held-out text has no byte to score in its first {max(windows.num_tokens - 1, 0)} targets",
+            place="[eval.bpb]", help="name held-out shards with text in them, or raise max_tokens",
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def evaluate(
     model: Transformer, windows: HeldoutWindows, *, sequences: int, on_batch: Callable[[int, int], None] | None = None
@@ -42,6 +52,7 @@ def evaluate(
     """Score every held-out window, `sequences` at a time.
 
     on_batch(done, total) is called after each forward pass. The model is left in the mode it was in.
+    windows: with at least one byte (`require_text`).
     """
     was_training = model.training
     model.eval()

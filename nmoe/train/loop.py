@@ -134,6 +134,7 @@ class Attempt:
         self.windows = None
         if config.eval.bpb is not None:
             self.windows = config.eval.bpb.build(config.data, config.batch.sequence_length)
+            bpb.require_text(self.windows)
         data = self._data_digests()
         self.state = TrainState()
         if manifest is not None:

@@ -341,3 +341,11 @@ def test_a_failing_thread_of_the_loader_stops_the_run(runs, monkeypatch):
         runs.train("run", "output.checkpoint_every=2")
     assert finding(caught).place == "step 3, prefetch thread"
     assert runs.head("run").step == 2
+
+
+def test_heldout_text_that_cannot_be_scored_is_refused_before_training(runs, monkeypatch):
+    documents = corpus.documents
+    monkeypatch.setattr(corpus, "documents", lambda name, part: [""] if part == "heldout" else documents(name, part))
+    with pytest.raises(RunError, match="no byte to score"):
+        runs.train("run", "output.stop_after_step=1")
+    assert "saving" not in [event["event"] for event in events(runs, "run")]
