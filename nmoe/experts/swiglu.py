@@ -24,9 +24,8 @@ def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
 
 def swiglu(pre_R2F: Tensor) -> Tensor:
     """silu(g) * u for pre_R2F = [g | u] of shape (R, 2F); (R, F) in its dtype."""
-    width = pre_R2F.shape[1] // 2
-    gate_RF, up_RF = pre_R2F[:, :width].float(), pre_R2F[:, width:]
-    return torch.nn.functional.silu(gate_RF).mul_(up_RF).to(pre_R2F.dtype)
+    gate_RF, up_RF = pre_R2F.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate_RF.float()).mul_(up_RF).to(pre_R2F.dtype)
 
 
 def swiglu_backward(
@@ -44,8 +43,7 @@ def swiglu_backward(
     act_RF: float32, w * swiglu(pre) (rounded to pre's dtype before the weight, as forward did).
     d_pre_R2F: (R, 2F) in pre's dtype.
     """
-    width = pre_R2F.shape[1] // 2
-    gate_RF, up_RF = pre_R2F[:, :width].float(), pre_R2F[:, width:].float()
+    gate_RF, up_RF = (half.float() for half in pre_R2F.chunk(2, dim=1))
     sigmoid_RF = torch.sigmoid(gate_RF)
     silu_RF = gate_RF * sigmoid_RF
     act_RF = (silu_RF * up_RF).to(pre_R2F.dtype).float()
@@ -53,8 +51,9 @@ def swiglu_backward(
         torch.linalg.vecdot(d_act_RF, act_RF, out=d_weight_R)
         act_RF.mul_(weight_R[:, None])
         d_act_RF.mul_(weight_R[:, None])
-    d_pre_R2F = torch.empty(pre_R2F.shape, dtype=torch.float32, device=pre_R2F.device)
-    torch.mul(d_act_RF, silu_RF, out=d_pre_R2F[:, width:])
+    d_pre_R2F = torch.empty_like(pre_R2F)
+    d_gate_RF, d_up_RF = d_pre_R2F.chunk(2, dim=1)
+    torch.mul(d_act_RF, silu_RF, out=d_up_RF)
     slope_RF = torch.lerp(silu_RF, silu_RF.new_ones(()), sigmoid_RF, out=sigmoid_RF)
-    torch.mul(d_act_RF.mul_(up_RF), slope_RF, out=d_pre_R2F[:, :width])
-    return act_RF, d_pre_R2F.to(pre_R2F.dtype)
+    torch.mul(d_act_RF.mul_(up_RF), slope_RF, out=d_gate_RF)
+    return act_RF, d_pre_R2F

@@ -2,16 +2,16 @@
 
 Queries are taken in blocks of `BLOCK`, and a block meets only the keys that one of its queries may
 see: those up to its end, and for a window of w tokens those after its start less w. So global
-attention costs half of the square and a window O(S w). Scores of one block and one sequence exist
+attention costs half of the square and a window O(S w). Scores of one block and `GROUP` heads exist
 at a time; only q, k and v are saved, and backward computes the probabilities again:
 
     P = softmax(q K^T / sqrt(Q) + mask)     dP = dy V^T     dS = P * (dP - sum(dP * P))
     dq = dS K / sqrt(Q)     dK = sum over blocks of dS^T q / sqrt(Q)     dV = sum over blocks of P^T dy
 
-Every sum has one order: products at shapes fixed by (S, w), blocks in their order, one sequence at
-a time. On two CPU cores it is faster than torch's fused kernel, which computes masked scores, too,
-and takes widths of values other than those of keys only with padding. Everything is float32
-whatever the dtype of q.
+Every sum has one order: products at shapes fixed by (S, w), blocks in their order. Everything is
+float32 whatever the dtype of q; keys and values may have different widths. Measured 2026-11-22 on
+one core, forward and backward at B 4, H 4, S 512, Q = V = 48: 97 ms, torch's fused kernel 117 ms;
+with a window of 128, 60 ms.
 """
 
 import functools
