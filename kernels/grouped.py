@@ -19,7 +19,7 @@ def produce(
     a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
     ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles,
     KIND: gl.constexpr, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, SHARE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """Fill the ring: for each tile of this block, every K step's piece of A and of B."""
     total = gl.load(num_tiles_ptr) * n_tiles
@@ -40,23 +40,21 @@ def produce(
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, 2 * BK * (SHARE * BN + (0 if GATHER else BM)))
+            mbarrier.expect(bar, 2 * BK * (BN + (0 if GATHER else BM)))
             half = 0
             step = k
             if KIND == 3:
                 half = k // (k_tiles // 2)
                 step = k - half * (k_tiles // 2)
-            for i in gl.static_range(SHARE):
-                b = ring_b.index(stage * SHARE + i)
-                col = n * SHARE + i
-                if KIND == 0:
-                    tma.async_copy_global_to_shared(b_desc, [2 * e, col * (BN // 2), step * BK], bar, b)
-                elif KIND == 1:
-                    tma.async_copy_global_to_shared(b_desc, [e, col * BN, step * BK], bar, b)
-                elif KIND == 2:
-                    tma.async_copy_global_to_shared(b_desc, [e, step * BK, col * BN], bar, b)
-                else:
-                    tma.async_copy_global_to_shared(b_desc, [2 * e + half, step * BK, col * BN], bar, b)
+            b = ring_b.index(stage)
+            if KIND == 0:
+                tma.async_copy_global_to_shared(b_desc, [2 * e, n * (BN // 2), step * BK], bar, b)
+            elif KIND == 1:
+                tma.async_copy_global_to_shared(b_desc, [e, n * BN, step * BK], bar, b)
+            elif KIND == 2:
+                tma.async_copy_global_to_shared(b_desc, [e, step * BK, n * BN], bar, b)
+            else:
+                tma.async_copy_global_to_shared(b_desc, [2 * e + half, step * BK, n * BN], bar, b)
             if GATHER:
                 mask_MK = (k * BK + col_K < D8 * 8)[None, :]
                 async_copy.async_copy_global_to_shared(ring_a.index(stage), a_MK + k * BK, mask=mask_MK)
@@ -91,9 +89,9 @@ def store_rows(c_desc, stage, value, end, x0, col):
 
 
 @gluon.jit
-def fetch_pair(h_desc, staging, loaded, buffer, rows, end, x0, col, WIDTH: gl.constexpr):
+def fetch_pair(h_desc, staging, loaded, buffer, rows, end, x0, col, SIZE: gl.constexpr):
     """Both planes' piece of the pre-activations into two of the staging buffers."""
-    mbarrier.expect(loaded, 2 * 128 * 2 * WIDTH)
+    mbarrier.expect(loaded, 2 * 2 * SIZE)
     gate = staging.index(buffer)._reinterpret(h_desc.dtype, h_desc.block_shape, h_desc.layout)
     up = staging.index(buffer + 1)._reinterpret(h_desc.dtype, h_desc.block_shape, h_desc.layout)
     tma.async_copy_global_to_shared(h_desc, [1 << 30, end, x0, col], loaded, gate)
@@ -101,24 +99,55 @@ def fetch_pair(h_desc, staging, loaded, buffer, rows, end, x0, col, WIDTH: gl.co
 
 
 @gluon.jit
-def gate_piece(
-    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col, SETS: gl.constexpr
+def halves(x):
+    """The left and the right columns of a tile; each thread keeps its own, nothing moves."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute([0, 2, 1]).split()
+
+
+@gluon.jit
+def gate_columns(
+    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col,
+    WM: gl.constexpr, PIECES: gl.constexpr, SETS: gl.constexpr,
 ):
-    """A quarter (32 columns) of the SwiGLU gradient; returns its part of <dA', A>."""
+    """The SwiGLU gradient of the columns of d, from piece q of PIECES on; returns their part of <dA', A>."""
+    if d.shape[1] > 32:
+        left, right = halves(d)
+        dot_M = gate_columns(
+            q, left, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col, WM, PIECES, SETS
+        )
+        rest_M = gate_columns(
+            q + d.shape[1] // 64, right, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col,
+            WM, PIECES, SETS,
+        )
+        out_M = dot_M + gl.convert_layout(rest_M, dot_M.type.layout)
+    else:
+        out_M = gate_piece(
+            q, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col, WM, PIECES, SETS
+        )
+    return out_M
+
+
+@gluon.jit
+def gate_piece(
+    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col,
+    WM: gl.constexpr, PIECES: gl.constexpr, SETS: gl.constexpr,
+):
+    """32 columns of the SwiGLU gradient; returns its part of <dA', A>."""
     layout: gl.constexpr = d.type.layout
     base: gl.constexpr = 3 * (q % SETS)
     col = first_col + q * 32
     mbarrier.wait(loaded, q & 1)
-    if q < 3 and SETS == 2:  # the other three buffers, once their stores have been read
+    if q < PIECES - 1 and SETS == 2:  # the other three buffers, once their stores have been read
         tma.store_wait(0)
         gl.thread_barrier()
-        fetch_pair(h_desc, staging, loaded, 3 - base, rows, end, x0, col + 32, 32)
+        fetch_pair(h_desc, staging, loaded, 3 - base, rows, end, x0, col + 32, 32 * WM)
     g = staging.index(base).load(layout).to(gl.float32)
     u = staging.index(base + 1).load(layout).to(gl.float32)
     sig = sigmoid(g)
     silu = g * sig
     a = (silu * u).to(gl.bfloat16).to(gl.float32)
     dot_M = gl.sum(d * a, axis=1)
+    w_M = gl.convert_layout(w_M, gl.SliceLayout(1, layout))
     da = d * w_M[:, None]
     dg = (da * u * (sig + silu * (1.0 - sig))).to(gl.bfloat16)
     du = (da * silu).to(gl.bfloat16)
@@ -135,10 +164,10 @@ def gate_piece(
     tma.async_copy_shared_to_global(c_desc, [1 << 30, end, x0, col], s0)
     tma.async_copy_shared_to_global(c_desc, [1 << 30, end + rows, x0, col], s1)
     tma.async_copy_shared_to_global(aw_desc, [1 << 30, end, x0, col], s2)
-    if q < 3 and SETS == 1:
+    if q < PIECES - 1 and SETS == 1:
         tma.store_wait(0)
         gl.thread_barrier()
-        fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, col + 32, 32)
+        fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, col + 32, 32 * WM)
     return dot_M
 
 
@@ -152,6 +181,8 @@ def consume(
 ):
     """One warpgroup: every other tile of this block (or its half of every one), products then epilogue."""
     HALF: gl.constexpr = BN // 2
+    WM: gl.constexpr = BM // SHARE
+    part: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WM, BK], gl.bfloat16)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     total = gl.load(num_tiles_ptr) * n_tiles
     first_tile = gl.program_id(0)
@@ -165,31 +196,31 @@ def consume(
     for tile in range(first_tile, total, step):
         m = tile // n_tiles
         n = tile % n_tiles
-        if SHARE == 2:
-            n = n * 2 + which
         e = gl.load(tile_expert_ptr + m)
         row = gl.load(tile_row_ptr + m)
         end = gl.load(offsets_ptr + e + 1)
+        row += (which * WM) % BM
         x0 = (1 << 30) - (end - row)
 
         if KIND == 2:  # the first piece of the pre-activations is fetched while the products run
             tma.store_wait(0)
             gl.thread_barrier()
-            fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, n * BN, 32)
+            fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, n * BN, 32 * WM)
 
-        acc = gl.zeros([BM, BN], gl.float32, mma)
+        acc = gl.zeros([WM, BN], gl.float32, mma)
         if SHARE == 1:
             mbarrier.wait(order.index(which), (turn & 1) ^ (1 - which))
             turn += 1
         for k in range(k_tiles):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-            b = ring_b.index(stage * SHARE + (which if SHARE == 2 else 0))
+            a = ring_a.index(stage)._reinterpret(gl.bfloat16, [SHARE, WM, BK], part).index(which % SHARE)
+            b = ring_b.index(stage)
             if KIND < 2:
                 b = b.reshape([BN, BK]).permute([1, 0])
             else:
                 b = b.reshape([BK, BN])
-            acc = warpgroup_mma(ring_a.index(stage), b, acc, is_async=True)
+            acc = warpgroup_mma(a, b, acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             if k > 0:
                 mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
@@ -202,26 +233,21 @@ def consume(
             count += k_tiles
 
         if KIND == 0:
-            gate, up = acc.to(gl.bfloat16).reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
+            gate, up = halves(acc.to(gl.bfloat16))
             g = gate.to(gl.float32)
             a = (g * sigmoid(g) * up.to(gl.float32)).to(gl.bfloat16)
             store_rows(c_desc, staging.index(0), gate, end, x0, n * HALF)
             store_rows(c_desc, staging.index(1 % SETS), up, end + rows, x0, n * HALF)
             store_rows(aw_desc, staging.index(0), a, end, x0, n * HALF)
         elif KIND == 2:
-            left, right = acc.reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
-            left0, left1 = left.reshape([BM, 2, HALF // 2]).permute([0, 2, 1]).split()
-            right0, right1 = right.reshape([BM, 2, HALF // 2]).permute([0, 2, 1]).split()
-            r_M = row + gl.arange(0, BM, gl.SliceLayout(1, left0.type.layout))
+            r_M = row + gl.arange(0, WM, gl.SliceLayout(1, mma))
             w_M = gl.load(weight_ptr + r_M, mask=r_M < end, other=0.0)
-            c = n * BN
-            dot_M = gate_piece(0, left0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
-            dot_M += gate_piece(1, left1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
-            dot_M += gate_piece(2, right0, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
-            dot_M += gate_piece(3, right1, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, c, SETS)
-            gl.store(dot_ptr + n * rows + r_M, dot_M, mask=r_M < end)
+            dot_M = gate_columns(
+                0, acc, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, n * BN, WM, BN // 32, SETS
+            )
+            gl.store(dot_ptr + n * rows + r_M, gl.convert_layout(dot_M, gl.SliceLayout(1, mma)), mask=r_M < end)
         else:
-            left, right = acc.to(gl.bfloat16).reshape([BM, 2, HALF]).permute([0, 2, 1]).split()
+            left, right = halves(acc.to(gl.bfloat16))
             store_rows(c_desc, staging.index(0), left, end, x0, n * BN)
             store_rows(c_desc, staging.index(1 % SETS), right, end, x0, n * BN + HALF)
     tma.store_wait(0)
@@ -236,12 +262,13 @@ def rows_kernel(
 ):
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.bfloat16)
     ring_a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], tile_layout)
-    ring_b = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SHARE] + b_desc.block_shape, b_desc.layout)
+    ring_b = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + b_desc.block_shape, b_desc.layout)
     BUFFERS: gl.constexpr = 3 * SETS if KIND == 2 else SETS
     WIDTH: gl.constexpr = 32 if KIND == 2 else BN // 2
-    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, WIDTH], gl.bfloat16)
-    staging0 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, BM, WIDTH], out_layout)
-    staging1 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, BM, WIDTH], out_layout)
+    WM: gl.constexpr = BM // SHARE
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WM, WIDTH], gl.bfloat16)
+    staging0 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, WM, WIDTH], out_layout)
+    staging1 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, WM, WIDTH], out_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     loaded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -267,7 +294,7 @@ def rows_kernel(
                 k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
             (produce, (
                 a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
-                ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES, SHARE)),
+                ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES)),
         ],
         [4, 4 if GATHER else 1],
         [REGS, PRODUCER_REGS],

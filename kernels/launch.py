@@ -24,7 +24,7 @@ class Launch(NamedTuple):
 SM_90A: dict[str, Launch] = {
     "up": Launch(4, 2, True),
     "down": Launch(4, 2, False),
-    "dgate": Launch(4, 1, False, 2),
+    "dgate": Launch(5, 1, False),
     "dx": Launch(4, 2, False),
     "dw_up": Launch(4, 2, False),
     "dw_down": Launch(4, 2, False),

@@ -82,12 +82,13 @@ def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> 
     R = len(layout.token_R)
     h_2RF = torch.empty(2, R, F, dtype=x.dtype, device=x.device)
     a_RF = torch.empty(R, F, dtype=x.dtype, device=x.device)
-    h_desc = _ragged(h_2RF, 128, 64)
+    box = (128 // p.share, 64 * p.share)
+    h_desc = _ragged(h_2RF, *box)
     rows_kernel[(_blocks(),)](
-        _ragged(x, 128, 64), x, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [2, 64, 64]),
-        h_desc, h_desc, _ragged(a_RF, 128, 64), layout.token_R, layout.token_R,
+        _ragged(x, 128, 64), x, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [2, 64 * p.share, 64]),
+        h_desc, h_desc, _ragged(a_RF, *box), layout.token_R, layout.token_R,
         layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        _cdiv(F, 64 * p.share), _cdiv(D, 64), 0, p.gather, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
+        _cdiv(F, 64 * p.share), _cdiv(D, 64), 0, p.gather, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return h_2RF, a_RF
 
@@ -99,12 +100,12 @@ def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Layout, p: Launch) ->
     _, D, F = w_down_EDF.shape
     R = len(layout.token_R)
     y_RD = torch.empty(R, D, dtype=a_RF.dtype, device=a_RF.device)
-    y_desc = _ragged(y_RD, 128, 64)
+    y_desc = _ragged(y_RD, 128 // p.share, 64 * p.share)
     rows_kernel[(_blocks(),)](
-        _ragged(a_RF, 128, 64), a_RF, layout.token_R, _weights(w_down_EDF, [1, 128, 64]),
+        _ragged(a_RF, 128, 64), a_RF, layout.token_R, _weights(w_down_EDF, [1, 128 * p.share, 64]),
         y_desc, y_desc, y_desc, layout.token_R, layout.token_R,
         layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        _cdiv(D, 128 * p.share), _cdiv(F, 64), 1, False, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
+        _cdiv(D, 128 * p.share), _cdiv(F, 64), 1, False, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return y_RD
 
@@ -120,12 +121,12 @@ def dgate_product(
     dh_2RF = torch.empty_like(h_2RF)
     aw_RF = torch.empty(R, F, dtype=h_2RF.dtype, device=h_2RF.device)
     tiles = _cdiv(F, 128 * p.share)
-    dot_NR = torch.empty(tiles * p.share, R, dtype=torch.float32, device=h_2RF.device)
+    dot_NR = torch.empty(tiles, R, dtype=torch.float32, device=h_2RF.device)
     rows_kernel[(_blocks(),)](
-        _ragged(dout, 128, 64), dout, layout.token_R, _weights(w_down_EDF, [1, 64, 128]),
-        _ragged(dh_2RF, 128, 32), _ragged(h_2RF, 128, 32), _ragged(aw_RF, 128, 32), weight_R, dot_NR,
+        _ragged(dout, 128, 64), dout, layout.token_R, _weights(w_down_EDF, [1, 64, 128 * p.share]),
+        _ragged(dh_2RF, 128 // p.share, 32), _ragged(h_2RF, 128 // p.share, 32), _ragged(aw_RF, 128 // p.share, 32), weight_R, dot_NR,
         layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        tiles, _cdiv(D, 64), 2, p.gather, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
+        tiles, _cdiv(D, 64), 2, p.gather, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return dh_2RF, aw_RF, dot_NR
 
@@ -137,12 +138,12 @@ def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch
     experts, _, F, D = w_gate_up_E2FD.shape
     R = dh_2RF.shape[1]
     dx_RD = torch.empty(R, D, dtype=dh_2RF.dtype, device=dh_2RF.device)
-    dx_desc = _ragged(dx_RD, 128, 64)
+    dx_desc = _ragged(dx_RD, 128 // p.share, 64 * p.share)
     rows_kernel[(_blocks(),)](
-        _ragged(dh_2RF, 128, 64), dh_2RF, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [1, 64, 128]),
+        _ragged(dh_2RF, 128, 64), dh_2RF, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [1, 64, 128 * p.share]),
         dx_desc, dx_desc, dx_desc, layout.token_R, layout.token_R,
         layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        _cdiv(D, 128 * p.share), 2 * _cdiv(F, 64), 3, False, 128, 128, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
+        _cdiv(D, 128 * p.share), 2 * _cdiv(F, 64), 3, False, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
     return dx_RD
 
@@ -160,11 +161,13 @@ def weight_gradient(
     planes, R, F = rows_PRF.shape
     D = tokens.shape[1]
     experts = len(layout.offsets_E1) - 1
-    g_tiles, r_tiles = _cdiv(D, 128 * p.share), _cdiv(F, 128)
+    wide = (p.share == 2) != tokens_first  # the tile's 256 lie along D, else along F
+    bg, br = (256, 128) if wide else (128, 256)
+    g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
     wgrad_kernel[(_blocks(),)](
-        _ragged(tokens, 64, 128), tokens, layout.token_R, _ragged(rows_PRF, 64, 128), out, layout.offsets_E1,
-        D // 8, F, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
-        planes, tokens_first, p.gather, accumulate, 128, 128, 64, p.stages, p.share, *p.registers, num_warps=4,
+        _ragged(tokens, 64, bg), tokens, layout.token_R, _ragged(rows_PRF, 64, br), out, layout.offsets_E1,
+        D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
+        planes, tokens_first, p.gather, accumulate, D % bg == 0 and F % br == 0, bg, br, 64, p.stages, *p.registers, num_warps=4,
     )  # fmt: skip
 
 

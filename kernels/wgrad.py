@@ -26,9 +26,9 @@ def locate(tile, g_tiles, r_tiles):
 def produce(
     g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles, tiles,
     PLANES: gl.constexpr, GATHER: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, SHARE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
-    """Fill the ring with pieces of BK rows: SHARE pieces of the token rows, one of the expert rows."""
+    """Fill the ring with pieces of BK rows, of the token rows and of the expert rows."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
     count = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -44,21 +44,20 @@ def produce(
             stage = count % STAGES
             mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, 2 * BK * (BR + (0 if GATHER else SHARE * BG)))
+            mbarrier.expect(bar, 2 * BK * (BR + (0 if GATHER else BG)))
             row = start + k * BK
             x0 = (1 << 30) - (end - row)
             r_view = ring_r.index(stage)._reinterpret(r_desc.dtype, r_desc.block_shape, r_desc.layout)
             tma.async_copy_global_to_shared(r_desc, [1 << 30, end + half * rows, x0, r * BR], bar, r_view)
-            for i in gl.static_range(SHARE):
-                col = (g * SHARE + i) * BG
-                g_view = ring_g.index(stage * SHARE + i)
-                if GATHER:
-                    col_G = col + gl.arange(0, BG, gl.SliceLayout(0, layout))
-                    at_KG = x_ptr + token_K.to(gl.int64)[:, None] * (D8 * 8) + col_G[None, :]
-                    async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D8 * 8)[None, :])
-                else:
-                    g_view = g_view._reinterpret(g_desc.dtype, g_desc.block_shape, g_desc.layout)
-                    tma.async_copy_global_to_shared(g_desc, [1 << 30, end, x0, col], bar, g_view)
+            col = g * BG
+            g_view = ring_g.index(stage)
+            if GATHER:
+                col_G = col + gl.arange(0, BG, gl.SliceLayout(0, layout))
+                at_KG = x_ptr + token_K.to(gl.int64)[:, None] * (D8 * 8) + col_G[None, :]
+                async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D8 * 8)[None, :])
+            else:
+                g_view = g_view._reinterpret(g_desc.dtype, g_desc.block_shape, g_desc.layout)
+                tma.async_copy_global_to_shared(g_desc, [1 << 30, end, x0, col], bar, g_view)
             if GATHER:
                 async_copy.mbarrier_arrive(bar, increment_count=False)
                 r_K += BK  # the next piece's indices are on their way while the ring is full
@@ -68,100 +67,90 @@ def produce(
 
 @gluon.jit
 def consume(
-    which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, order, D8, F, g_tiles, r_tiles, tiles,
-    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, ACCUMULATE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
+    which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
+    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, ACCUMULATE: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr,
+    BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """One warpgroup: every other tile (or its half of every one), then the float32 tile to memory."""
-    BM: gl.constexpr = BG if TOKENS_FIRST else BR
+    """One warpgroup: its half of every tile's rows, the products and then the float32 tile to memory."""
+    WM: gl.constexpr = (BG if TOKENS_FIRST else BR) // 2
     BN: gl.constexpr = BR if TOKENS_FIRST else BG
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    part: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, WM], gl.bfloat16)
     D = D8 * 8
+    F = F8 * 8
     count = 0
-    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         plane, g, r = locate(tile, g_tiles, r_tiles)
         e = plane // PLANES
         steps = (gl.load(offsets_ptr + e + 1) - gl.load(offsets_ptr + e) + BK - 1) // BK
-        if SHARE == 2 or (turn & 1) == which:
-            if SHARE == 2:
-                g = g * 2 + which
-            if TOKENS_FIRST:  # out is (E, D, F)
-                m0 = g * BG
-                n0 = r * BR
-                height = D
-                width = F
-            else:  # out is (E, 2, F, D)
-                m0 = r * BR
-                n0 = g * BG
-                height = F
-                width = D
-            m_M = m0 + gl.arange(0, BM, gl.SliceLayout(1, mma))
-            n_N = n0 + gl.arange(0, BN, gl.SliceLayout(0, mma))
-            out_MN = out_ptr + plane.to(gl.int64) * D * F + m_M[:, None] * width + n_N[None, :]
-            mask_MN = (m_M < height)[:, None] & (n_N < width)[None, :]
-            if ACCUMULATE:
-                acc = gl.load(out_MN, mask=mask_MN, other=0.0)
-            else:
-                acc = gl.zeros([BM, BN], gl.float32, mma)
-            at = count
-            if SHARE == 1:
-                mbarrier.wait(order.index(which), ((turn // 2) & 1) ^ (1 - which))
-            for k in range(steps):
-                stage = at % STAGES
-                mbarrier.wait(full.index(stage), (at // STAGES) & 1)
-                g_view = ring_g.index(stage * SHARE + (which if SHARE == 2 else 0))
-                r_view = ring_r.index(stage)
-                if TOKENS_FIRST:
-                    acc = warpgroup_mma(g_view.permute([1, 0]), r_view, acc, is_async=True)
-                else:
-                    acc = warpgroup_mma(r_view.permute([1, 0]), g_view, acc, is_async=True)
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                if k > 0:
-                    mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
-                at += 1
-            if SHARE == 1:
-                mbarrier.arrive(order.index(1 - which), count=1)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            if steps > 0:
-                mbarrier.arrive(empty.index((at - 1) % STAGES), count=1)
-            gl.store(out_MN, acc, mask=mask_MN)
-        count += steps
-        turn += 1
+        if TOKENS_FIRST:  # out is (E, D, F)
+            m0 = g * BG + which * WM
+            n0 = r * BR
+            height = D
+            width = F
+        else:  # out is (E, 2, F, D)
+            m0 = r * BR + which * WM
+            n0 = g * BG
+            height = F
+            width = D
+        m_M = m0 + gl.arange(0, WM, gl.SliceLayout(1, mma))
+        n_N = n0 + gl.arange(0, BN, gl.SliceLayout(0, mma))
+        out_MN = out_ptr + plane.to(gl.int64) * D * F + m_M[:, None] * width + n_N[None, :]
+        if ACCUMULATE and WHOLE:
+            acc = gl.load(out_MN)
+        elif ACCUMULATE:
+            acc = gl.load(out_MN, mask=(m_M < height)[:, None] & (n_N < width)[None, :], other=0.0)
+        else:
+            acc = gl.zeros([WM, BN], gl.float32, mma)
+        for k in range(steps):
+            stage = count % STAGES
+            mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+            a = (ring_g if TOKENS_FIRST else ring_r).index(stage)
+            b = (ring_r if TOKENS_FIRST else ring_g).index(stage)
+            a = a._reinterpret(gl.bfloat16, [2, BK, WM], part).index(which).permute([1, 0])
+            acc = warpgroup_mma(a, b, acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            if k > 0:
+                mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
+            count += 1
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        if steps > 0:
+            mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
+        if WHOLE:
+            gl.store(out_MN, acc, cache_modifier=".cs")
+        else:
+            gl.store(out_MN, acc, mask=(m_M < height)[:, None] & (n_N < width)[None, :])
 
 
 @gluon.jit
 def wgrad_kernel(
-    g_desc, x_ptr, token_ptr, r_desc, out_ptr, offsets_ptr, D8, F, rows, g_tiles, r_tiles, tiles,
+    g_desc, x_ptr, token_ptr, r_desc, out_ptr, offsets_ptr, D8, F8, rows, g_tiles, r_tiles, tiles,
     PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
-    BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SHARE: gl.constexpr,
+    WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):
     g_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BG], gl.bfloat16)
     r_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BR], gl.bfloat16)
-    ring_g = gl.allocate_shared_memory(gl.bfloat16, [STAGES * SHARE, BK, BG], g_layout)
+    ring_g = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BG], g_layout)
     ring_r = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BK, BR], r_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
-        mbarrier.init(empty.index(i), count=SHARE)
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(order.index(0), count=1)
-    mbarrier.init(order.index(1), count=1)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     gl.thread_barrier()
     gl.warp_specialize(
         [
             (consume, (
-                gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, order, D8, F, g_tiles, r_tiles, tiles,
-                PLANES, TOKENS_FIRST, ACCUMULATE, BG, BR, BK, STAGES, SHARE)),
+                gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
+                PLANES, TOKENS_FIRST, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
             (consume, (
-                gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, order, D8, F, g_tiles, r_tiles, tiles,
-                PLANES, TOKENS_FIRST, ACCUMULATE, BG, BR, BK, STAGES, SHARE)),
+                gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
+                PLANES, TOKENS_FIRST, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
             (produce, (
                 g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles,
-                tiles, PLANES, GATHER, BG, BR, BK, STAGES, SHARE)),
+                tiles, PLANES, GATHER, BG, BR, BK, STAGES)),
         ],
         [4, 4 if GATHER else 1],
         [REGS, PRODUCER_REGS],

@@ -119,7 +119,9 @@ def tables(names: str) -> dict[str, dict[str, Launch]]:
 
 def stages(kernel: str, share: int, sets: int) -> int:
     """As many as 227 KiB of shared memory hold beside the staging buffers."""
-    staging = 0 if kernel.startswith("dw") else 2 * sets * (24 if kernel == "dgate" else 16)
+    if kernel.startswith("dw"):
+        return 4
+    staging = sets * (48 // share if kernel == "dgate" else 32)
     return (226 - staging) // (16 + 16 * share)
 
 

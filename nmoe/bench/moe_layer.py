@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nmoe.bench.moe import Inputs, Shape, dense_call, make_inputs, milliseconds
+from nmoe.bench.moe import Inputs, Shape, captured, dense_call, make_inputs, milliseconds
 from nmoe.kernels import moe
 from nmoe.kernels.launch import SM_90A
 from nmoe.kernels.router import route, route_backward
@@ -73,6 +73,8 @@ def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
             b(f())
 
         row["whole"] = milliseconds(both)
+        if who == "ours":
+            row["graph"] = milliseconds(captured(both))
         report.append(row)
         del state
     for row in report:
@@ -81,7 +83,8 @@ def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
         row["tflops"] = rate
         print(
             f"{name:10} {routing:8} {row['who']:10} fwd {row['forward']:7.3f} bwd {row['backward']:7.3f} whole {whole:7.3f} ms "
-            f"| {rate[0]:5.0f} {rate[1]:5.0f} {rate[2]:5.0f} TFLOP/s | kept {row.get('kept', 0) / 2**30:.2f} GiB",
+            f"| {rate[0]:5.0f} {rate[1]:5.0f} {rate[2]:5.0f} TFLOP/s | kept {row.get('kept', 0) / 2**30:.2f} GiB"
+            + (f" | as a graph {row['graph']:7.3f} ms" if "graph" in row else ""),
             flush=True,
         )
     return report
