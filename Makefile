@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed  ## install, then train a small MoE on Shakespear
 	$(BIN)/nmoe train configs/quickstart.toml
 
 test: check  ## check, then run the whole test suite
-	$(BIN)/python -m pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS)
 
 check: $(VENV)/.installed-dev  ## lint and type-check all three source folders
 	$(BIN)/ruff check .
