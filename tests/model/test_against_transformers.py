@@ -1,4 +1,4 @@
-"""DeepSeek-V3 and Mistral (grouped-query attention, sliding window) as the transformers library has them, with our weights.
+"""DeepSeek-V3 and Mistral (grouped queries, sliding window) as the transformers library has them, with our weights.
 
 Float32, every one-dimensional tensor random. The library's rotary angles are float32, ours float64,
 which the short sequences here keep within the tolerance.
