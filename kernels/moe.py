@@ -1,12 +1,13 @@
 """The routed experts of one layer, forward and backward (draft docstring)."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nmoe.kernels.combine import combine, gather_rows, sum_dots
-from nmoe.kernels.launch import SM_90A, Launch
+from nmoe.kernels.launch import Launch, Table, launches
 from nmoe.kernels.layout import Layout, make_layout
 
 
@@ -161,8 +162,7 @@ def weight_gradient(
     planes, R, F = rows_PRF.shape
     D = tokens.shape[1]
     experts = len(layout.offsets_E1) - 1
-    wide = (p.share == 2) != tokens_first  # the tile's 256 lie along D, else along F
-    bg, br = (256, 128) if wide else (128, 256)
+    bg, br = (128, 256) if F % 256 == 0 else (256, 128)  # the wide side lies along F unless that would waste it
     g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
     wgrad_kernel[(_blocks(),)](
         _ragged(tokens, 64, bg), tokens, layout.token_R, _ragged(rows_PRF, 64, br), out, layout.offsets_E1,
@@ -173,9 +173,10 @@ def weight_gradient(
 
 def moe_forward(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
-    table: dict[str, Launch] = SM_90A,
+    table: Table | None = None,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
     """The layer's output (T, D) in bf16 and what backward needs."""
+    table = table or launches(x_TD.shape[1])
     layout = make_layout(expert_TK, w_down_EDF.shape[0])
     x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
     h_2RF, a_RF = up_product(x, w_gate_up_E2FD, layout, table["up"])
@@ -185,12 +186,14 @@ def moe_forward(
 
 def moe_backward(
     dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, saved: Saved,
-    dx_base_TD: Tensor | None = None, grads: tuple[Tensor, Tensor] | None = None, table: dict[str, Launch] = SM_90A,
+    router: Callable[[Tensor], Tensor] | None = None, grads: tuple[Tensor, Tensor] | None = None, table: Table | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of x, of each pair's weight (float32) and of the expert matrices (float32).
 
+    router: given the weights' gradient, returns the router's part of x's gradient (T, D), which starts the sum.
     grads: float32 matrices' gradients to continue (in place), or None for fresh ones.
     """
+    table = table or launches(x_TD.shape[1])
     layout = saved.layout
     accumulate = grads is not None
     if grads is None:
@@ -203,11 +206,12 @@ def moe_backward(
     dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
     dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, saved.h_2RF, weight_R, layout, table["dgate"])
     dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
+    dweight_TK = sum_dots(dot_NR, layout.row_TK)
     weight_gradient(dout, aw_RF[None], layout, grads[1], accumulate, True, table["dw_down"])
     del aw_RF, dout, dout_RD
     x = x_TD if table["dw_up"].gather else gather_rows(x_TD, layout)
     weight_gradient(x, dh_2RF, layout, grads[0], accumulate, False, table["dw_up"])
     del x
     dx_RD = dx_product(dh_2RF, w_gate_up_E2FD, layout, table["dx"])
-    dx_TD = combine(dx_RD, layout.row_TK, None, dx_base_TD)
-    return Gradients(dx_TD, sum_dots(dot_NR, layout.row_TK), *grads)
+    dx_TD = combine(dx_RD, layout.row_TK, None, router(dweight_TK) if router else None)
+    return Gradients(dx_TD, dweight_TK, *grads)

@@ -10,6 +10,7 @@ router's, under 2%, are left out on every side).
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from nmoe.kernels import moe
 from nmoe.kernels.combine import combine, gather_rows
-from nmoe.kernels.launch import SM_90A, Launch
+from nmoe.kernels.launch import SM_90A_DEEP, Launch, Table, launches
 from nmoe.kernels.layout import layout_reference, make_layout
 
 
@@ -54,6 +55,7 @@ ODD = {
     "block": Shape(2048, 512, 384, 16, 4),
     "many": Shape(700, 256, 64, 200, 9),
     "one": Shape(1300, 256, 192, 4, 1),
+    "deep": Shape(900, 1096, 200, 6, 2),
 }
 
 
@@ -103,16 +105,16 @@ def exact(x: Inputs) -> tuple[Tensor, list[Tensor]]:
     return out.detach(), list(torch.autograd.grad(out, leaves, x.dout_TD.double()))
 
 
-def tables(names: str) -> dict[str, dict[str, Launch]]:
+def tables(names: str, hidden_size: int) -> dict[str, Table]:
     """The pinned table, or variants by name: gather g or none n, share, sets; "n21" is TMA, shared, one set."""
     made = {}
     for name in names.split(","):
         if name == "pinned":
-            made[name] = SM_90A
+            made[name] = launches(hidden_size)
             continue
         share, sets = int(name[1]), int(name[2])
         made[name] = {
-            k: Launch(stages(k, share, sets), share, name[0] == "g" and k not in ("down", "dx"), sets) for k in SM_90A
+            k: Launch(stages(k, share, sets), share, name[0] == "g" and k not in ("down", "dx"), sets) for k in SM_90A_DEEP
         }
     return made
 
@@ -125,11 +127,12 @@ def stages(kernel: str, share: int, sets: int) -> int:
     return (226 - staging) // (16 + 16 * share)
 
 
-def check(variants: str) -> list[dict]:
+def check(variants: str, names: list[str]) -> list[dict]:
     """Errors against float64, stage by stage and whole."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
     report = []
-    for name, shape in ODD.items():
+    for name in names:
+        shape = ODD[name]
         for routing in ("uniform", "zipf", "single"):
             x = make_inputs(shape, routing)
             out64, grads64 = exact(x)
@@ -141,7 +144,7 @@ def check(variants: str) -> list[dict]:
                 for f, g, w in zip(want._fields, got, want, strict=True)
             )
             token = want.token_R.long()
-            for label, table in tables(variants).items():
+            for label, table in tables(variants, shape.D).items():
                 row: dict = {"shape": name, "routing": routing, "table": label, "layout": same}
                 h, a = moe.up_product(x.x_TD if table["up"].gather else x.x_TD[token], x.w_gate_up_E2FD, got, table["up"])
                 h64 = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
@@ -176,7 +179,7 @@ def check(variants: str) -> list[dict]:
 def repeat(variants: str, times: int = 20) -> list[dict]:
     """The whole layer again and again on one input: which tensors' bits ever differ."""
     report = []
-    for label, table in tables(variants).items():
+    for label, table in tables(variants, SHAPES["qwen30b"].D).items():
         for routing in ("uniform", "zipf"):
             x = make_inputs(SHAPES["qwen30b"]._replace(T=8192), routing)
             first: list[Tensor] = []
@@ -188,9 +191,17 @@ def repeat(variants: str, times: int = 20) -> list[dict]:
                 first = first or now
                 names = ("out", "h", "dx", "dweight", "dgate_up", "ddown")
                 differ |= {n for n, a, b in zip(names, now, first, strict=True) if not torch.equal(a, b)}
-            report.append({"table": label, "routing": routing, "times": times, "differ": sorted(differ)})
+            report.append({"table": label, "routing": routing, "times": times, "differ": sorted(differ), "digest": digest(first)})
             print(report[-1], flush=True)
     return report
+
+
+def digest(tensors: list[Tensor]) -> str:
+    """SHA-256 of the bytes, so that processes can be compared."""
+    total = hashlib.sha256()
+    for t in tensors:
+        total.update(t.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def milliseconds(call: Callable[[], object], runs: int = 15) -> float:
@@ -255,7 +266,7 @@ def time_kernels(shape: Shape, routing: str, variants: str) -> list[dict]:
     dn = torch.empty(x.w_down_EDF.shape, device="cuda")
     dh = torch.randn(2, R, shape.F, device="cuda").bfloat16()
     aw = torch.randn(R, shape.F, device="cuda").bfloat16()
-    for label, table in tables(variants).items():
+    for label, table in tables(variants, shape.D).items():
         for name, p in table.items():
             rows = x.x_TD if p.gather else x_RD
             drows = x.dout_TD if p.gather else dout_RD
@@ -289,7 +300,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     report: list[dict] = []
     if args.what == "check":
-        report = check(args.tables)
+        report = check(args.tables, [n for n in args.shapes.split(",") if n in ODD] or list(ODD))
         bad = [r for r in report if r["bad"]]
         print(f"check {args.tables}: {len(report)} cases, {len(bad)} bad", [(r["shape"], r["routing"], r["table"], r["bad"]) for r in bad[:6]])
     elif args.what == "repeat":

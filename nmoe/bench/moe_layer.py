@@ -8,7 +8,6 @@ from torch.nn import functional
 
 from nmoe.bench.moe import Inputs, Shape, captured, dense_call, make_inputs, milliseconds
 from nmoe.kernels import moe
-from nmoe.kernels.launch import SM_90A
 from nmoe.kernels.router import route, route_backward
 
 
@@ -18,16 +17,20 @@ def ours(x: Inputs, top_k: int) -> tuple[Callable, Callable]:
 
     def forward():
         _, weight_TK, score_TK = route(x.x_TD, x.router_ED, bias_E, top_k, 1.0)
-        out, saved = moe.moe_forward(x.x_TD, x.expert_TK, weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, SM_90A)
+        out, saved = moe.moe_forward(x.x_TD, x.expert_TK, weight_TK, x.w_gate_up_E2FD, x.w_down_EDF)
         return out, saved, score_TK
 
     def backward(state):
         _, saved, score_TK = state
-        layout = saved.layout
-        g = moe.moe_backward(x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, table=SM_90A)
-        dlogit_TE = route_backward(g.weight_TK, x.expert_TK, score_TK, len(layout.offsets_E1) - 1, 1.0)
-        dx_TD = torch.addmm(g.x_TD, dlogit_TE, x.router_ED)
-        return dx_TD, torch.mm(dlogit_TE.T, x.x_TD), g
+        drouter = []
+
+        def router(dweight_TK: Tensor) -> Tensor:
+            dlogit_TE = route_backward(dweight_TK, x.expert_TK, score_TK, x.router_ED.shape[0], 1.0)
+            drouter.append(torch.mm(dlogit_TE.T, x.x_TD))
+            return torch.mm(dlogit_TE, x.router_ED)
+
+        g = moe.moe_backward(x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, router)
+        return g, drouter
 
     return forward, backward
 
@@ -77,12 +80,14 @@ def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
             row["graph"] = milliseconds(captured(both))
         report.append(row)
         del state
+    again = milliseconds(dense_call(shape))
+    report.append({"shape": name, "routing": routing, "who": "dense after", "forward": again, "backward": 2 * again})
     for row in report:
         whole = row.get("whole", row["forward"] + row["backward"])
         rate = [k * shape.flops / ms / 1e9 for k, ms in ((1, row["forward"]), (2, row["backward"]), (3, whole))]
         row["tflops"] = rate
         print(
-            f"{name:10} {routing:8} {row['who']:10} fwd {row['forward']:7.3f} bwd {row['backward']:7.3f} whole {whole:7.3f} ms "
+            f"{name:10} {routing:8} {row['who']:11} fwd {row['forward']:7.3f} bwd {row['backward']:7.3f} whole {whole:7.3f} ms "
             f"| {rate[0]:5.0f} {rate[1]:5.0f} {rate[2]:5.0f} TFLOP/s | kept {row.get('kept', 0) / 2**30:.2f} GiB"
             + (f" | as a graph {row['graph']:7.3f} ms" if "graph" in row else ""),
             flush=True,
