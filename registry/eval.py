@@ -23,9 +23,20 @@ class Bpb(Component):
     max_tokens: int | None = key(
         "held-out tokens that are scored, from the start; absent: all of them", default=None, minimum=1, unit="tokens"
     )
+    context: int = key(
+        "tokens that every scored token sees at least; windows overlap by as many, and none is scored twice",
+        default=0, minimum=0, unit="tokens",
+    )  # fmt: skip
     sequences: int = key("sequences of one forward pass", default=8, minimum=1, maximum=2**20)
 
     def check(self, config, path: str) -> Iterator[Problem]:
+        if self.context >= config.batch.sequence_length:
+            yield Problem(
+                path=f"{path}.context",
+                message=f"a context of {self.context} leaves nothing to score in sequences of "
+                f"{config.batch.sequence_length}",
+                help="set it below batch.sequence_length; half of it is usual",
+            )
         if config.data.has_heldout and self.heldout is not None:
             yield Problem(
                 path=f"{path}.heldout",
@@ -53,7 +64,9 @@ class Bpb(Component):
         from nmoe.data.shards import open_shards
 
         source = data.build_heldout() if self.heldout is None else open_shards(self.heldout)
-        return HeldoutWindows(source, sequence_length=sequence_length, max_tokens=self.max_tokens)
+        return HeldoutWindows(
+            source, sequence_length=sequence_length, context=self.context, max_tokens=self.max_tokens
+        )
 
 
 @attrs.frozen(kw_only=True)

@@ -1,11 +1,12 @@
 """Held-out text for scoring: every token after the first of the stream is a target exactly once.
 
-Windows of S inputs follow one another; the targets of window i are the tokens iS + 1 .. iS + S, so
-targets never overlap and none is left out. The last window is filled up with end-of-document
-tokens that `valid` excludes, and a batch that reaches past the last window has rows without a
-valid target: all batches have one shape, and the arithmetic of a window does not depend on where
-the text ends. The first token of the stream opens the first document and stands for no text, so
-the bytes of all valid targets together are the bytes of the text.
+Windows of S inputs advance by S - C tokens. A window's first C targets have been scored by the window
+before it, so they do not count: every scored token sees at least C tokens before it, where the text has
+them, and none is scored twice. C = 0 lets windows follow one another. The last window is filled up
+with end-of-document tokens that `valid` excludes, and a batch that reaches past the last window has
+rows without a valid target: all batches have one shape, and the arithmetic of a window does not
+depend on where the text ends. The first token of the stream opens the first document and stands
+for no text, so the bytes of all valid targets together are the bytes of the text.
 """
 
 import attrs
@@ -31,30 +32,41 @@ class HeldoutBatch:
 
 
 class HeldoutWindows:
-    """The windows of `source`, in order; len() of them. max_tokens: targets from the start that count; None is all."""
+    """The windows of `source`, in order; len() of them.
 
-    def __init__(self, source: TokenSource, *, sequence_length: int, max_tokens: int | None = None):
+    context: C of the module, below sequence_length. max_tokens: targets from the start that count; None is all.
+    """
+
+    def __init__(
+        self, source: TokenSource, *, sequence_length: int, context: int = 0, max_tokens: int | None = None
+    ):
+        if not 0 <= context < sequence_length:
+            raise ValueError(f"a context of {context} in windows of {sequence_length}")
         self.source = source
         self.sequence_length = sequence_length
+        self.context = context
         self.num_tokens = source.num_tokens if max_tokens is None else min(source.num_tokens, max_tokens + 1)
 
     def __len__(self) -> int:
-        return max(self.num_tokens - 2 + self.sequence_length, 0) // self.sequence_length
+        # The first window scores S targets, each later one S - C.
+        targets, length = self.num_tokens - 1, self.sequence_length
+        return 0 if targets < 1 else 1 + -(-max(targets - length, 0) // (length - self.context))
 
     def batch(self, first: int, count: int) -> HeldoutBatch:
         """Windows first .. first + count - 1, rows past the last one without a valid target."""
-        length, end_of_document, num_tokens = self.sequence_length, self.source.end_of_document, self.num_tokens
-        start = min(first * length, num_tokens)
-        stop = min(start + count * length + 1, num_tokens)
-        stream = np.full(count * length + 1, end_of_document, np.int64)
-        stream[: stop - start] = self.source.read(start, stop)
-        scored = max(stop - start - 1, 0)
-        inputs_BS = stream[:-1].reshape(count, length)
-        targets_BS = stream[1:].reshape(count, length)
+        length, end_of_document = self.sequence_length, self.source.end_of_document
+        windows = np.full((count, length + 1), end_of_document, np.int64)
+        valid_BS = np.zeros((count, length), dtype=bool)
+        for row in range(min(count, len(self) - first)):
+            start = (first + row) * (length - self.context)
+            stop = min(start + length + 1, self.num_tokens)
+            windows[row, : stop - start] = self.source.read(start, stop)
+            valid_BS[row, self.context if start else 0 : stop - start - 1] = True
+        inputs_BS, targets_BS = windows[:, :-1], windows[:, 1:]
         return HeldoutBatch(
             input_ids_BS=torch.from_numpy(inputs_BS.copy()),
             targets_BS=torch.from_numpy(targets_BS.copy()),
             document_ids_BS=torch.from_numpy(np.cumsum(inputs_BS == end_of_document, axis=1)),
-            valid_BS=torch.from_numpy((np.arange(count * length) < scored).reshape(count, length)),
-            num_bytes=int(self.source.token_bytes_V[stream[1 : 1 + scored]].sum()),
+            valid_BS=torch.from_numpy(valid_BS),
+            num_bytes=int(self.source.token_bytes_V[targets_BS[valid_BS]].sum()),
         )

@@ -15,11 +15,13 @@ from nmoe.data.tokenizer import BytesTokenizer
 @given(
     documents=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=6),
     length=st.integers(1, 20),
+    context=st.integers(0, 19),
     count=st.integers(1, 5),
 )
-def test_each_target_once_each_byte_once(documents, length, count):
+def test_each_target_once_each_byte_once(documents, length, context, count):
     source = MemorySource(documents, BytesTokenizer())
-    windows = HeldoutWindows(source, sequence_length=length)
+    context %= length
+    windows = HeldoutWindows(source, sequence_length=length, context=context)
     inputs, targets, num_bytes = [], [], 0
     for first in range(0, len(windows), count):
         batch = windows.batch(first, count)
@@ -27,6 +29,8 @@ def test_each_target_once_each_byte_once(documents, length, count):
         inputs += batch.input_ids_BS[batch.valid_BS].tolist()
         targets += batch.targets_BS[batch.valid_BS].tolist()
         num_bytes += batch.num_bytes
+        for row, valid in enumerate(batch.valid_BS[: len(windows) - first].tolist(), first):
+            assert row == 0 or valid.index(True) == context
     stream = source.read(0, source.num_tokens).tolist()
     assert inputs == stream[:-1] and targets == stream[1:]
     assert num_bytes == sum(len(text.encode("utf-8")) for text in documents)
