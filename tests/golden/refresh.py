@@ -1,12 +1,15 @@
 """The deliberate command that rewrites golden files: `make goldens`. A change needs a line in CHANGELOG.md.
 
 plans/NAME.txt   what `nmoe build configs/NAME.toml` prints; NAME has - for /
+losses/NAME.txt  the first 20 losses of a config that runs on a CPU (tests/golden/losses.py)
 """
 
 from pathlib import Path
 
 from nmoe.plan.render import render
 from nmoe.plan.resolve import resolve
+from tests.golden.losses import LOSSES, SETS
+from tests.golden.losses import render as render_losses
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = ROOT / "tests" / "golden" / "plans"
@@ -20,7 +23,9 @@ def configs() -> dict[str, Path]:
 
 def main() -> None:
     wanted = {PLANS / f"{name}.txt": render(resolve(path)) for name, path in configs().items()}
-    for path in sorted(set(PLANS.glob("*.txt")) - set(wanted)):
+    wanted |= {LOSSES / f"{name}.txt": render_losses(name) for name in SETS}
+    LOSSES.mkdir(exist_ok=True)
+    for path in sorted({*PLANS.glob("*.txt"), *LOSSES.glob("*.txt")} - set(wanted)):
         path.unlink()
         print(f"removed   {path.relative_to(ROOT)}")
     for path, text in wanted.items():
