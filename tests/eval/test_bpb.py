@@ -44,26 +44,34 @@ def windows(texts=TEXTS, **kept) -> HeldoutWindows:
     return HeldoutWindows(MemorySource(texts, BytesTokenizer()), sequence_length=LENGTH, **kept)
 
 
-def by_hand(model, texts) -> tuple[float, int]:
-    """(nats over all targets, targets): each target scored from its own window, cut out of the text here."""
+def by_hand(model, texts, context: int = 0) -> tuple[float, int]:
+    """(nats over all targets, targets): each target scored once, from its own window, cut out of the text here.
+
+    Windows after the first one see `context` tokens that the one before has scored.
+    """
     stream = [token for text in texts for token in (256, *text.encode())]
     nats = 0.0
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(stream) - 1, LENGTH):
+        scored = 0
+        for start in range(0, len(stream) - 1, LENGTH - context):
+            if scored == len(stream) - 1:
+                break
             inputs = torch.tensor([stream[start : min(start + LENGTH, len(stream) - 1)]])
             targets = torch.tensor(stream[start + 1 : start + LENGTH + 1])
             logits = model(inputs).double() @ model.head.weight_VD.double().T
-            nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+            losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+            nats += losses[scored - start :].sum().item()
+            scored = start + len(targets)
     model.train()
     return nats, len(stream) - 1
 
 
-@pytest.mark.parametrize("sequences", [1, 3, 50])
-def test_it_is_the_definition(graph, sequences):
-    """However many windows one forward pass takes, also more than there are."""
-    nats, targets = by_hand(graph.model, TEXTS)
-    result = bpb.evaluate(graph.model, windows(), sequences=sequences)
+@pytest.mark.parametrize("sequences, context", [(1, 0), (3, 0), (50, 0), (2, 5), (3, 15)])
+def test_it_is_the_definition(graph, sequences, context):
+    """However many windows one forward pass takes, also more than there are, and however much they overlap."""
+    nats, targets = by_hand(graph.model, TEXTS, context)
+    result = bpb.evaluate(graph.model, windows(context=context), sequences=sequences)
     assert result.num_bytes == BYTES
     assert result.num_tokens == targets
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / BYTES, rel=TOLERANCE)
@@ -91,11 +99,11 @@ def test_max_tokens_scores_the_start(graph):
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / 20, rel=TOLERANCE)
 
 
-@given(st.lists(st.text(max_size=40), min_size=1, max_size=6), st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
-def test_every_byte_once(texts, sequences):
+@given(st.lists(st.text(max_size=40), min_size=1, max_size=6), st.integers(1, 5), st.integers(0, LENGTH - 1))
+@settings(max_examples=50, deadline=None)
+def test_every_byte_once(texts, sequences, context):
     """The windows' valid targets, joined, are the stream after its first token."""
-    held = windows(texts)
+    held = windows(texts, context=context)
     stream = [token for text in texts for token in (256, *text.encode())]
     seen, count = [], 0
     for first in range(0, len(held), sequences):
