@@ -1,4 +1,36 @@
-"""Grouped products over the experts' rows, for Hopper's wgmma (draft docstring)."""
+"""The four grouped products whose output is rows, with the SwiGLU and its gradient inside, for Hopper.
+
+Mathematics, for the rows r of expert e (token t, weight w):
+
+    UP     h_0 = x[t] W_gate^T,  h_1 = x[t] W_up^T,  a = silu(h_0) * h_1
+    DOWN   y   = a W_down^T
+    DGATE  d   = dout[t] W_down;  <d, a>;  dA = w d;
+           dh_0 = dA * h_1 * silu'(h_0),  dh_1 = dA * silu(h_0),  and w * a for the weight gradient
+    DX     dx  = dh_0 W_gate + dh_1 W_up
+
+Layout. Rows are sorted by expert; a tile of 128 rows begins at its expert's first row, so a row's
+place in its tile, and with it its arithmetic, depends on its expert's rows before it in whole
+tiles only. h and dh are two planes (2, R, F). Weights are (E, 2, F, D) and (E, D, F) as stored;
+where the product runs over their slow axis, wgmma reads them transposed from shared memory.
+
+One kernel, one block an SM, persistent: block b takes tiles b, b + 132, ... A producer fills a ring
+of shared-memory stages (64 columns of K each) by TMA, or row by row with cp.async where it gathers
+tokens itself; two warpgroups multiply (see launch.py for how they share tiles). A descriptor made
+by moe.py clips loads and stores at the expert's last row, so no mask is computed anywhere. The
+epilogue's values go through shared memory to TMA stores; for DGATE the pre-activations come the
+same way, in pieces of 32 columns, the first one while the products still run.
+
+Dtypes: operands bf16; every accumulation float32, over K in order, in one accumulator. a is
+computed from the rounded h, so that backward's a is forward's. <d, a> sums a tile's columns in
+float32; the tiles' parts are added in order by combine.sum_dots.
+
+Repeatable: no atomics, no split of K, a fixed tile for every output; the order in which blocks run
+changes no operand. Two traps that were met: a warpgroup that skips phases of an mbarrier reads its
+parity wrongly, so warpgroups that take turns pass a turn barrier; and an epilogue of 9000 unrolled
+instructions ran from instruction-cache misses (sigmoid is four instructions for that reason).
+
+Floor and figures in NOTES.md.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,7 +43,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-UP, DOWN, DGATE, DX = 0, 1, 2, 3
+# What a launch computes.
+UP = gl.constexpr(0)
+DOWN = gl.constexpr(1)
+DGATE = gl.constexpr(2)
+DX = gl.constexpr(3)
+
+# The barrier of a partition's own warps; Triton 3.7 renamed it.
+block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -43,15 +82,15 @@ def produce(
             mbarrier.expect(bar, 2 * BK * (BN + (0 if GATHER else BM)))
             half = 0
             step = k
-            if KIND == 3:
+            if KIND == DX:
                 half = k // (k_tiles // 2)
                 step = k - half * (k_tiles // 2)
             b = ring_b.index(stage)
-            if KIND == 0:
+            if KIND == UP:
                 tma.async_copy_global_to_shared(b_desc, [2 * e, n * (BN // 2), step * BK], bar, b)
-            elif KIND == 1:
+            elif KIND == DOWN:
                 tma.async_copy_global_to_shared(b_desc, [e, n * BN, step * BK], bar, b)
-            elif KIND == 2:
+            elif KIND == DGATE:
                 tma.async_copy_global_to_shared(b_desc, [e, step * BK, n * BN], bar, b)
             else:
                 tma.async_copy_global_to_shared(b_desc, [2 * e + half, step * BK, n * BN], bar, b)
@@ -80,10 +119,10 @@ def sigmoid(x):
 def store_rows(c_desc, stage, value, end, x0, col):
     """One staged tile to its rows; the descriptor clips what lies beyond the expert's last row."""
     tma.store_wait(0)
-    gl.thread_barrier()
+    block_barrier()
     stage.store(value)
     fence_async_shared()
-    gl.thread_barrier()
+    block_barrier()
     view = stage._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
     tma.async_copy_shared_to_global(c_desc, [1 << 30, end, x0, col], view)
 
@@ -139,7 +178,7 @@ def gate_piece(
     mbarrier.wait(loaded, q & 1)
     if q < PIECES - 1 and SETS == 2:  # the other three buffers, once their stores have been read
         tma.store_wait(0)
-        gl.thread_barrier()
+        block_barrier()
         fetch_pair(h_desc, staging, loaded, 3 - base, rows, end, x0, col + 32, 32 * WM)
     g = staging.index(base).load(layout).to(gl.float32)
     u = staging.index(base + 1).load(layout).to(gl.float32)
@@ -152,12 +191,12 @@ def gate_piece(
     dg = (da * u * (sig + silu * (1.0 - sig))).to(gl.bfloat16)
     du = (da * silu).to(gl.bfloat16)
     aw = (a * w_M[:, None]).to(gl.bfloat16)
-    gl.thread_barrier()
+    block_barrier()
     staging.index(base).store(dg)
     staging.index(base + 1).store(du)
     staging.index(base + 2).store(aw)
     fence_async_shared()
-    gl.thread_barrier()
+    block_barrier()
     s0 = staging.index(base)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
     s1 = staging.index(base + 1)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
     s2 = staging.index(base + 2)._reinterpret(c_desc.dtype, c_desc.block_shape, c_desc.layout)
@@ -166,7 +205,7 @@ def gate_piece(
     tma.async_copy_shared_to_global(aw_desc, [1 << 30, end, x0, col], s2)
     if q < PIECES - 1 and SETS == 1:
         tma.store_wait(0)
-        gl.thread_barrier()
+        block_barrier()
         fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, col + 32, 32 * WM)
     return dot_M
 
@@ -202,9 +241,9 @@ def consume(
         row += (which * WM) % BM
         x0 = (1 << 30) - (end - row)
 
-        if KIND == 2:  # the first piece of the pre-activations is fetched while the products run
+        if KIND == DGATE:  # the first piece of the pre-activations is fetched while the products run
             tma.store_wait(0)
-            gl.thread_barrier()
+            block_barrier()
             fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, n * BN, 32 * WM)
 
         acc = gl.zeros([WM, BN], gl.float32, mma)
@@ -216,7 +255,7 @@ def consume(
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
             a = ring_a.index(stage)._reinterpret(gl.bfloat16, [SHARE, WM, BK], part).index(which % SHARE)
             b = ring_b.index(stage)
-            if KIND < 2:
+            if KIND == UP or KIND == DOWN:  # noqa: SIM109 (the compiler knows no tuples of constants)
                 b = b.reshape([BN, BK]).permute([1, 0])
             else:
                 b = b.reshape([BK, BN])
@@ -232,14 +271,14 @@ def consume(
         if SHARE == 1:
             count += k_tiles
 
-        if KIND == 0:
+        if KIND == UP:
             gate, up = halves(acc.to(gl.bfloat16))
             g = gate.to(gl.float32)
             a = (g * sigmoid(g) * up.to(gl.float32)).to(gl.bfloat16)
             store_rows(c_desc, staging.index(0), gate, end, x0, n * HALF)
             store_rows(c_desc, staging.index(1 % SETS), up, end + rows, x0, n * HALF)
             store_rows(aw_desc, staging.index(0), a, end, x0, n * HALF)
-        elif KIND == 2:
+        elif KIND == DGATE:
             r_M = row + gl.arange(0, WM, gl.SliceLayout(1, mma))
             w_M = gl.load(weight_ptr + r_M, mask=r_M < end, other=0.0)
             dot_M = gate_columns(
@@ -262,9 +301,9 @@ def rows_kernel(
 ):
     tile_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], gl.bfloat16)
     ring_a = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BM, BK], tile_layout)
-    ring_b = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + b_desc.block_shape, b_desc.layout)
-    BUFFERS: gl.constexpr = 3 * SETS if KIND == 2 else SETS
-    WIDTH: gl.constexpr = 32 if KIND == 2 else BN // 2
+    ring_b = gl.allocate_shared_memory(gl.bfloat16, [STAGES] + b_desc.block_shape, b_desc.layout)  # noqa: RUF005
+    BUFFERS: gl.constexpr = 3 * SETS if KIND == DGATE else SETS
+    WIDTH: gl.constexpr = 32 if KIND == DGATE else BN // 2
     WM: gl.constexpr = BM // SHARE
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WM, WIDTH], gl.bfloat16)
     staging0 = gl.allocate_shared_memory(gl.bfloat16, [BUFFERS, WM, WIDTH], out_layout)
@@ -281,17 +320,17 @@ def rows_kernel(
     mbarrier.init(loaded.index(0), count=1)
     mbarrier.init(loaded.index(1), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    block_barrier()
     gl.warp_specialize(
         [
             (consume, (
                 gl.constexpr(0), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
-                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging0, loaded.index(0), rows, n_tiles,
-                k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
+                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging0, loaded.index(0), rows,
+                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
             (consume, (
                 gl.constexpr(1), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
-                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging1, loaded.index(1), rows, n_tiles,
-                k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
+                tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging1, loaded.index(1), rows,
+                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
             (produce, (
                 a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
                 ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES)),

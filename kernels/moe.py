@@ -1,4 +1,19 @@
-"""The routed experts of one layer, forward and backward (draft docstring)."""
+"""The routed experts of one layer, forward and backward, from the layout to float32 weight gradients.
+
+Mathematics: out[t] = sum_k weight[t, k] W_down[e] (silu(W_gate[e] x[t]) * (W_up[e] x[t])), e = expert[t, k],
+the sum over k in order. Backward needs x, the weights, the pre-activations h and the routing, and
+nothing else: the gated product recomputes a from h, and the router's gradient is <dout W_down, a>,
+so that the experts' outputs are not kept.
+
+    forward:  layout; UP gathers x, writes h and a; DOWN; sum over k
+    backward: rows of dout; DGATE (dh, weighted a, <d, a>); dW_down; rows of x; dW_gate_up; DX; sum over k
+
+Kept for backward: 2 * T K F bf16 and the routing (0.75 GiB for T 32768, F 768, K 8). The largest
+temporary is one (T K, D) bf16 buffer of rows beside dh.
+
+Every part is bitwise repeatable (see each module). The chain of microbatches: call with `grads`
+to continue float32 gradients in place.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,9 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmoe.errors import fail
 from nmoe.kernels.combine import combine, gather_rows, sum_dots
-from nmoe.kernels.launch import Launch, Table, launches
+from nmoe.kernels.launch import Table, launches
 from nmoe.kernels.layout import Layout, make_layout
+from nmoe.kernels.products import dgate_product, down_product, dx_product, up_product, weight_gradient
 
 
 class Saved(NamedTuple):
@@ -20,6 +37,8 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """x_TD in bf16; the pairs' weights and the expert matrices in float32."""
+
     x_TD: Tensor
     weight_TK: Tensor
     w_gate_up_E2FD: Tensor
@@ -43,139 +62,32 @@ def moe_reference(
     return out_TD
 
 
-def _blocks() -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-
-
-def _ragged(x_RD: Tensor, rows: int, cols: int):
-    """A TMA descriptor that clips at any row: coordinates (2^30, end + plane, 2^30 - rows left, col).
-
-    The first two axes' strides wrap around 2^64, so that the address is that of row
-    end - rows_left while the third coordinate leaves its axis exactly at `end`: loads beyond give
-    zeros and stores beyond vanish, for every expert, with one descriptor.
-    """
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    box = [1, 1, rows, cols]
-    width = x_RD.shape[-1]
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
-    shape = [0x7FFF0000, 0x7FFF0000, 1 << 30, width]
-    return TensorDescriptor(x_RD, shape, [2**34 - width, width, width, 1], box, layout)
-
-
-def _weights(w_PND: Tensor, box: list[int]):
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(w_PND, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> tuple[Tensor, Tensor]:
-    """h_2RF = X[token] @ W_gate^T and X[token] @ W_up^T, and a_RF = silu(h_0) * h_1 of the rounded h."""
-    from nmoe.kernels.grouped import rows_kernel
-
-    experts, _, F, D = w_gate_up_E2FD.shape
-    R = len(layout.token_R)
-    h_2RF = torch.empty(2, R, F, dtype=x.dtype, device=x.device)
-    a_RF = torch.empty(R, F, dtype=x.dtype, device=x.device)
-    box = (128 // p.share, 64 * p.share)
-    h_desc = _ragged(h_2RF, *box)
-    rows_kernel[(_blocks(),)](
-        _ragged(x, 128, 64), x, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [2, 64 * p.share, 64]),
-        h_desc, h_desc, _ragged(a_RF, *box), layout.token_R, layout.token_R,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        _cdiv(F, 64 * p.share), _cdiv(D, 64), 0, p.gather, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
-    )  # fmt: skip
-    return h_2RF, a_RF
-
-
-def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Layout, p: Launch) -> Tensor:
-    """y_RD = a @ W_down^T, the experts' rows before the router's weight."""
-    from nmoe.kernels.grouped import rows_kernel
-
-    _, D, F = w_down_EDF.shape
-    R = len(layout.token_R)
-    y_RD = torch.empty(R, D, dtype=a_RF.dtype, device=a_RF.device)
-    y_desc = _ragged(y_RD, 128 // p.share, 64 * p.share)
-    rows_kernel[(_blocks(),)](
-        _ragged(a_RF, 128, 64), a_RF, layout.token_R, _weights(w_down_EDF, [1, 128 * p.share, 64]),
-        y_desc, y_desc, y_desc, layout.token_R, layout.token_R,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        _cdiv(D, 128 * p.share), _cdiv(F, 64), 1, False, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
-    )  # fmt: skip
-    return y_RD
-
-
-def dgate_product(
-    dout: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Layout, p: Launch
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dA' = dO[token] @ W_down; returns dh_2RF, the weighted a_RF, and <dA', A> in parts (N, R)."""
-    from nmoe.kernels.grouped import rows_kernel
-
-    _, D, F = w_down_EDF.shape
-    R = len(layout.token_R)
-    dh_2RF = torch.empty_like(h_2RF)
-    aw_RF = torch.empty(R, F, dtype=h_2RF.dtype, device=h_2RF.device)
-    tiles = _cdiv(F, 128 * p.share)
-    dot_NR = torch.empty(tiles, R, dtype=torch.float32, device=h_2RF.device)
-    rows_kernel[(_blocks(),)](
-        _ragged(dout, 128, 64), dout, layout.token_R, _weights(w_down_EDF, [1, 64, 128 * p.share]),
-        _ragged(dh_2RF, 128 // p.share, 32), _ragged(h_2RF, 128 // p.share, 32), _ragged(aw_RF, 128 // p.share, 32), weight_R, dot_NR,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        tiles, _cdiv(D, 64), 2, p.gather, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
-    )  # fmt: skip
-    return dh_2RF, aw_RF, dot_NR
-
-
-def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> Tensor:
-    """dx_RD = dh_0 @ W_gate + dh_1 @ W_up."""
-    from nmoe.kernels.grouped import rows_kernel
-
-    experts, _, F, D = w_gate_up_E2FD.shape
-    R = dh_2RF.shape[1]
-    dx_RD = torch.empty(R, D, dtype=dh_2RF.dtype, device=dh_2RF.device)
-    dx_desc = _ragged(dx_RD, 128 // p.share, 64 * p.share)
-    rows_kernel[(_blocks(),)](
-        _ragged(dh_2RF, 128, 64), dh_2RF, layout.token_R, _weights(w_gate_up_E2FD.view(2 * experts, F, D), [1, 64, 128 * p.share]),
-        dx_desc, dx_desc, dx_desc, layout.token_R, layout.token_R,
-        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, R,
-        _cdiv(D, 128 * p.share), 2 * _cdiv(F, 64), 3, False, 128, 128 * p.share, 64, p.stages, p.share, p.sets, *p.registers, num_warps=4,
-    )  # fmt: skip
-    return dx_RD
-
-
-def weight_gradient(
-    tokens: Tensor, rows_PRF: Tensor, layout: Layout, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
-) -> None:
-    """out[e] (+)= sum over e's rows r, in order, of rows[r] x tokens[token(r)] (outer products), float32.
-
-    tokens_first False: rows are dh_2RF, out is (E, 2, F, D). True: rows are the weighted a as (1, R, F),
-    out is (E, D, F).
-    """
-    from nmoe.kernels.wgrad import wgrad_kernel
-
-    planes, R, F = rows_PRF.shape
-    D = tokens.shape[1]
-    experts = len(layout.offsets_E1) - 1
-    bg, br = (128, 256) if F % 256 == 0 else (256, 128)  # the wide side lies along F unless that would waste it
-    g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
-    wgrad_kernel[(_blocks(),)](
-        _ragged(tokens, 64, bg), tokens, layout.token_R, _ragged(rows_PRF, 64, br), out, layout.offsets_E1,
-        D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
-        planes, tokens_first, p.gather, accumulate, D % bg == 0 and F % br == 0, bg, br, 64, p.stages, *p.registers, num_warps=4,
-    )  # fmt: skip
+def _require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> None:
+    """The kernels' demands, by name, before anything is launched."""
+    wide = {"x_TD": x_TD, "w_gate_up_E2FD": w_gate_up_E2FD, "w_down_EDF": w_down_EDF}
+    for name, t in wide.items():
+        if t.dtype != torch.bfloat16 or not t.is_contiguous():
+            raise fail("N0710", f"`{name}` must be contiguous bf16, found {t.dtype}", place="grouped experts")
+    if weight_TK.dtype != torch.float32 or not weight_TK.is_contiguous():
+        raise fail("N0710", f"`weight_TK` must be contiguous float32, found {weight_TK.dtype}", place="grouped experts")
+    for name, size in (("hidden_size", x_TD.shape[1]), ("intermediate_size", w_down_EDF.shape[2])):
+        if size % 8:
+            raise fail(
+                "N0711", f"{name} = {size} is not a multiple of 8, which 16-byte copies need", place="grouped experts",
+                help=f"set {name} to a multiple of 8",
+            )  # fmt: skip
 
 
 def moe_forward(
     x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
     table: Table | None = None,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
-    """The layer's output (T, D) in bf16 and what backward needs."""
+    """The layer's output (T, D) in bf16 and what backward needs.
+
+    x_TD, w_gate_up_E2FD, w_down_EDF: bf16; weight_TK: float32; expert_TK: integer; all contiguous.
+    Raises N0710 for another dtype or layout, N0711 for D or F not a multiple of 8.
+    """
+    _require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
     table = table or launches(x_TD.shape[1])
     layout = make_layout(expert_TK, w_down_EDF.shape[0])
     x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
@@ -186,7 +98,8 @@ def moe_forward(
 
 def moe_backward(
     dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, saved: Saved,
-    router: Callable[[Tensor], Tensor] | None = None, grads: tuple[Tensor, Tensor] | None = None, table: Table | None = None,
+    router: Callable[[Tensor], Tensor] | None = None, grads: tuple[Tensor, Tensor] | None = None,
+    table: Table | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of x, of each pair's weight (float32) and of the expert matrices (float32).
 

@@ -1,4 +1,18 @@
-"""The sigmoid router (draft)."""
+"""The sigmoid router, forward in one kernel: scores, selection, weights.
+
+    s = sigmoid(x w^T);  chosen = the K largest of s + bias;  weight_k = scale * s_k / sum of the chosen s
+
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2; the bias takes part in the selection alone.) The
+logits accumulate in float32 over D in steps of 64 and never reach memory; selection takes the
+largest key K times, the lowest index among equals. Backward: with S the sum of the chosen scores,
+
+    ds_k = scale * (dweight_k - sum_j dweight_j s_j / S) / S,   dlogit_k = ds_k * s_k * (1 - s_k)
+
+written as a dense (T, E) bf16 matrix, so that dx and dw are two dense products at a fixed shape.
+
+Repeatable: one program owns a block of tokens; nothing is added across programs. Floor: x once,
+T * D * 2 bytes (0.045 ms for T 32768, D 2048 at 3 TB/s); measured 0.085 ms (2026-11-22, H100, E 128).
+"""
 
 import torch
 import triton
@@ -74,11 +88,15 @@ def route_backward_kernel(expert_ptr, score_ptr, dweight_ptr, dlogit_ptr, tokens
         ds = scale * (dw - dots / total) / total
         out = tl.where(e[None, :] == index[:, None], (ds * s * (1.0 - s))[:, None], out)
     mask = real[:, None] & (e < experts)[None, :]
-    tl.store(dlogit_ptr + t[:, None].to(tl.int64) * experts + e[None, :], out.to(dlogit_ptr.dtype.element_ty), mask=mask)
+    at = dlogit_ptr + t[:, None].to(tl.int64) * experts + e[None, :]
+    tl.store(at, out.to(dlogit_ptr.dtype.element_ty), mask=mask)
 
 
 def route(x_TD: Tensor, w_ED: Tensor, bias_E: Tensor, top_k: int, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(expert_TK int32, weight_TK float32, score_TK float32), as `route_reference`; equal scores: lowest index first."""
+    """(expert_TK int32, weight_TK float32, score_TK float32), as `route_reference`.
+
+    x_TD, w_ED: bf16, contiguous. bias_E: float32. Of equal scores the lowest index is chosen first.
+    """
     tokens, width = x_TD.shape
     experts = w_ED.shape[0]
     expert_TK = torch.empty(tokens, top_k, dtype=torch.int32, device=x_TD.device)

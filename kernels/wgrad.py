@@ -1,4 +1,21 @@
-"""Grouped weight gradients (draft docstring)."""
+"""Weight gradients of the experts: for each expert a sum over its rows, in float32, in row order.
+
+    dW_gate[e] = sum over rows r of e of dh_0[r]^T x[token(r)],  dW_up[e] the same with dh_1
+    dW_down[e] = sum over rows r of e of dout[token(r)]^T (w a)[r]
+
+Layout: rows sorted by expert; K of the product is the rows, in pieces of 64 from the expert's first
+row on; both operands are read transposed by wgmma. The last piece is short: TMA fills the expert
+rows beyond the end with zeros, and rows that the producer gathers itself repeat the last token.
+Output (E, 2, F, D) and (E, D, F), float32. ACCUMULATE starts the accumulator from the output, so
+that microbatches chain: the bits are those of one sum over the concatenated pieces.
+
+One block an SM, persistent, as in grouped.py; a 256 x 128 tile, half for each of two warpgroups;
+float32 accumulators in registers, stored straight to memory past the cache (.cs), since an
+expert's gradient is as large as all that it is computed from. An expert without rows gets zeros.
+
+Repeatable: each output element is one accumulator's sum over rows in order; no split, no atomics.
+Floor and figures in NOTES.md.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -10,6 +27,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from nmoe.kernels.grouped import block_barrier
 
 
 @gluon.jit
@@ -139,7 +158,7 @@ def wgrad_kernel(
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    gl.thread_barrier()
+    block_barrier()
     gl.warp_specialize(
         [
             (consume, (

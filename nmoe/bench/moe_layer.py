@@ -1,6 +1,7 @@
 """The whole MoE layer, from router to output, ours beside its peers in one run."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
     """ms and TFLOP/s of forward, backward and both, and the bytes kept for backward."""
     x = make_inputs(shape, routing)
     dense = milliseconds(dense_call(shape))
-    report = [{"shape": name, "routing": routing, "who": "dense", "forward": dense, "backward": 2 * dense}]
+    report: list[dict] = [{"shape": name, "routing": routing, "who": "dense", "forward": dense, "backward": 2 * dense}]
     for who, make in (("ours", ours), ("grouped_mm", grouped_composite)):
         forward, backward = make(x, shape.K)
         base = torch.cuda.memory_allocated()
@@ -69,8 +70,8 @@ def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
         torch.cuda.synchronize()
         kept = torch.cuda.memory_allocated() - base
         backward(state)
-        row = {"shape": name, "routing": routing, "who": who, "kept": kept, "forward": milliseconds(forward)}
-        row["backward"] = milliseconds(lambda b=backward, s=state: b(s))
+        row: dict = {"shape": name, "routing": routing, "who": who, "kept": kept, "forward": milliseconds(forward)}
+        row["backward"] = milliseconds(partial(backward, state))
 
         def both(f=forward, b=backward) -> None:
             b(f())
@@ -87,7 +88,8 @@ def time_layer(name: str, shape: Shape, routing: str) -> list[dict]:
         rate = [k * shape.flops / ms / 1e9 for k, ms in ((1, row["forward"]), (2, row["backward"]), (3, whole))]
         row["tflops"] = rate
         print(
-            f"{name:10} {routing:8} {row['who']:11} fwd {row['forward']:7.3f} bwd {row['backward']:7.3f} whole {whole:7.3f} ms "
+            f"{name:10} {routing:8} {row['who']:11} "
+            f"fwd {row['forward']:7.3f} bwd {row['backward']:7.3f} whole {whole:7.3f} ms "
             f"| {rate[0]:5.0f} {rate[1]:5.0f} {rate[2]:5.0f} TFLOP/s | kept {row.get('kept', 0) / 2**30:.2f} GiB"
             + (f" | as a graph {row['graph']:7.3f} ms" if "graph" in row else ""),
             flush=True,

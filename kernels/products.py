@@ -1,0 +1,140 @@
+"""Host side of the grouped products: descriptors, tile counts and launches for grouped.py and wgrad.py.
+
+Nothing here waits for the device: the number of tiles is read there. Every function takes the
+layout and one `Launch` of the pinned table; `x` and `dout` are tokens (T, D) where the launch
+gathers, rows (R, D) where it does not. D and F must be multiples of 8 (16 bytes, for TMA).
+"""
+
+import torch
+from torch import Tensor
+
+from nmoe.kernels.launch import Launch
+from nmoe.kernels.layout import TILE_ROWS, Layout
+
+STEP = 64  # columns of K in one stage of the ring
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _blocks() -> int:
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
+
+def _ragged(x_RD: Tensor, rows: int, cols: int):
+    """A TMA descriptor of rows that clips at any row, for coordinates (2^30, end, 2^30 - rows left, col).
+
+    The first axis' stride wraps the address around 2^64 so that the three row coordinates together
+    name row end - rows_left, while the third leaves its axis exactly at `end`: loads beyond give
+    zeros and stores beyond vanish, for every expert, with one descriptor. The planes of (P, R, F)
+    are reached by adding R to `end`.
+    """
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    box = [1, 1, rows, cols]
+    width = x_RD.shape[-1]
+    shape = [0x7FFF0000, 0x7FFF0000, 1 << 30, width]
+    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
+    return TensorDescriptor(x_RD, shape, [2**34 - width, width, width, 1], box, layout)
+
+
+def _weights(w: Tensor, *box: int):
+    """A TMA descriptor of (planes, rows, columns); w_gate_up counts two planes an expert."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    planes = w.view(-1, *w.shape[-2:])
+    return TensorDescriptor.from_tensor(planes, list(box), gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16))
+
+
+def _launch_rows(
+    kind: str, a: Tensor, b, c, h, aw, weight_R: Tensor, dot_NR: Tensor, layout: Layout, D: int, tiles: int, steps: int,
+    p: Launch,
+) -> None:  # fmt: skip
+    from nmoe.kernels import grouped
+
+    number = {"up": grouped.UP, "down": grouped.DOWN, "dgate": grouped.DGATE, "dx": grouped.DX}[kind].value
+    gather = p.gather and kind in ("up", "dgate")
+    grouped.rows_kernel[(_blocks(),)](
+        _ragged(a, TILE_ROWS, STEP), a, layout.token_R, b, c, h, aw, weight_R, dot_NR,
+        layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, len(layout.token_R),
+        tiles, steps, number, gather, TILE_ROWS, 128 * p.share, STEP, p.stages, p.share, p.sets, *p.registers,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> tuple[Tensor, Tensor]:
+    """h_2RF = x W_gate^T and x W_up^T, rounded to bf16, and a_RF = silu(h_0) * h_1."""
+    F, D = w_gate_up_E2FD.shape[2:]
+    R = len(layout.token_R)
+    h_2RF = torch.empty(2, R, F, dtype=x.dtype, device=x.device)
+    a_RF = torch.empty(R, F, dtype=x.dtype, device=x.device)
+    box = (TILE_ROWS // p.share, 64 * p.share)
+    w = _weights(w_gate_up_E2FD, 2, 64 * p.share, STEP)
+    h, a = _ragged(h_2RF, *box), _ragged(a_RF, *box)
+    none = layout.token_R
+    _launch_rows("up", x, w, h, h, a, none, none, layout, D, _cdiv(F, 64 * p.share), _cdiv(D, STEP), p)
+    return h_2RF, a_RF
+
+
+def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Layout, p: Launch) -> Tensor:
+    """y_RD = a W_down^T, the experts' rows before the router's weight."""
+    D, F = w_down_EDF.shape[1:]
+    y_RD = torch.empty(len(a_RF), D, dtype=a_RF.dtype, device=a_RF.device)
+    y = _ragged(y_RD, TILE_ROWS // p.share, 64 * p.share)
+    w = _weights(w_down_EDF, 1, 128 * p.share, STEP)
+    none = layout.token_R
+    _launch_rows("down", a_RF, w, y, y, y, none, none, layout, D, _cdiv(D, 128 * p.share), _cdiv(F, STEP), p)
+    return y_RD
+
+
+def dgate_product(
+    dout: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Layout, p: Launch
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh_2RF, the weighted a_RF, and <dout W_down, a> in parts, float32 (N, R)."""
+    D, F = w_down_EDF.shape[1:]
+    R = len(weight_R)
+    dh_2RF = torch.empty_like(h_2RF)
+    aw_RF = torch.empty(R, F, dtype=h_2RF.dtype, device=h_2RF.device)
+    tiles = _cdiv(F, 128 * p.share)
+    dot_NR = torch.empty(tiles, R, dtype=torch.float32, device=h_2RF.device)
+    dh, h, aw = (_ragged(t, TILE_ROWS // p.share, 32) for t in (dh_2RF, h_2RF, aw_RF))
+    w = _weights(w_down_EDF, 1, STEP, 128 * p.share)
+    _launch_rows("dgate", dout, w, dh, h, aw, weight_R, dot_NR, layout, D, tiles, _cdiv(D, STEP), p)
+    return dh_2RF, aw_RF, dot_NR
+
+
+def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> Tensor:
+    """dx_RD = dh_0 W_gate + dh_1 W_up."""
+    F, D = w_gate_up_E2FD.shape[2:]
+    dx_RD = torch.empty(dh_2RF.shape[1], D, dtype=dh_2RF.dtype, device=dh_2RF.device)
+    dx = _ragged(dx_RD, TILE_ROWS // p.share, 64 * p.share)
+    w = _weights(w_gate_up_E2FD, 1, STEP, 128 * p.share)
+    none = layout.token_R
+    _launch_rows("dx", dh_2RF, w, dx, dx, dx, none, none, layout, D, _cdiv(D, 128 * p.share), 2 * _cdiv(F, STEP), p)
+    return dx_RD
+
+
+def weight_gradient(
+    tokens: Tensor, rows_PRF: Tensor, layout: Layout, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
+) -> None:
+    """out[e] (+)= the sum over e's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
+
+    tokens_first False: rows_PRF is dh_2RF, out is (E, 2, F, D). True: rows_PRF is the weighted a as
+    (1, R, F), out is (E, D, F). out is float32; accumulate says whether its content is continued.
+    """
+    from nmoe.kernels.wgrad import wgrad_kernel
+
+    planes, R, F = rows_PRF.shape
+    D = tokens.shape[1]
+    experts = len(layout.offsets_E1) - 1
+    bg, br = (128, 256) if F % 256 == 0 else (256, 128)  # the wide side lies along F unless that would waste it
+    g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
+    whole = D % bg == 0 and F % br == 0
+    wgrad_kernel[(_blocks(),)](
+        _ragged(tokens, STEP, bg), tokens, layout.token_R, _ragged(rows_PRF, STEP, br), out, layout.offsets_E1,
+        D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
+        planes, tokens_first, p.gather, accumulate, whole, bg, br, STEP, p.stages, *p.registers, num_warps=4,
+    )  # fmt: skip
