@@ -111,10 +111,13 @@ def route(x_TD: Tensor, w_ED: Tensor, bias_E: Tensor, top_k: int, scale: float) 
     return expert_TK, weight_TK, score_TK
 
 
-def route_backward(dweight_TK: Tensor, expert_TK: Tensor, score_TK: Tensor, experts: int, scale: float) -> Tensor:
-    """d logits (T, E) in bf16, dense: zero but at the chosen experts."""
+def route_backward(
+    dweight_TK: Tensor, expert_TK: Tensor, score_TK: Tensor, experts: int, scale: float,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
+    """d logits (T, E), dense: zero but at the chosen experts."""
     tokens, top_k = expert_TK.shape
-    dlogit_TE = torch.empty(tokens, experts, dtype=torch.bfloat16, device=dweight_TK.device)
+    dlogit_TE = torch.empty(tokens, experts, dtype=dtype, device=dweight_TK.device)
     route_backward_kernel[(triton.cdiv(tokens, 16),)](
         expert_TK, score_TK, dweight_TK, dlogit_TE, tokens, scale, experts, top_k, 16,
         triton.next_power_of_2(experts), num_warps=4,

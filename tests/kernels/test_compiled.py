@@ -1,0 +1,24 @@
+"""The Gluon products compile for Hopper on any machine, use its matrix instructions and spill nothing."""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
+def test_products_use_wgmma_fit_shared_memory_and_spill_nothing() -> None:
+    script = Path(__file__).with_name("compiled.py")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == {"up", "dw_up"}
+    for product in found.values():
+        assert product["wgmma"] >= 8  # four 16-deep steps for each of two warpgroups
+        assert product["stack"] == 0
+        assert product["shared"] <= 227 * 1024
