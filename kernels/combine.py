@@ -6,7 +6,8 @@
 
 The sum runs in float32 and is rounded once, to the dtype of y. Each element is summed by one
 thread in a fixed order, so the result does not depend on the grid. Floor: combine reads
-K * D elements a token and writes D; gather reads and writes K * D (its reads mostly hit the L2).
+K * D elements a token and writes D; gather reads D and writes K * D. Measured for D 2048, K 8,
+T 32768: combine 0.41 ms, 2.95 TB/s; gather 0.45 ms, 2.7 TB/s (2026-11-22, H100).
 """
 
 import torch

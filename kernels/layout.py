@@ -12,7 +12,8 @@ row, every row its pair's token, every expert its tiles. All arithmetic is int32
 
 Nothing waits on the host: the row buffers are sized T * K, which is the sum of the counts, and
 the tile tables by the bound T * K // block + E. Floor: 4 bytes read and 12 written a pair;
-the four launches cost more than the bytes.
+the four launches cost more than the bytes. Measured 0.075 to 0.095 ms for 262144 pairs, 128 experts
+(2026-11-22, H100), 0.06 of it in the first kernel.
 """
 
 from typing import NamedTuple
