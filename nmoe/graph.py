@@ -64,7 +64,7 @@ class TrainingGraph:
 def build(plan: Plan) -> TrainingGraph:
     """Assemble the parts on torch's current default device and draw the initial weights.
 
-    RunError N0506 if the data's tokenizer has more tokens than the model has room for.
+    RunError N0507 if the data's tokenizer has more tokens than the model has room for.
     """
     config = plan.config
     model = config.model.build(transport=config.transport.build())
@@ -90,7 +90,7 @@ def build(plan: Plan) -> TrainingGraph:
     mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
     if mixture.vocab_size > config.model.vocab_size:
         raise fail(
-            "N0506",
+            "N0507",
             f"the data has {mixture.vocab_size} tokens, the model has room for {config.model.vocab_size}",
             place="[data] and model.vocab_size",
             help=f"set vocab_size to at least {mixture.vocab_size}",

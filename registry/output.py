@@ -44,6 +44,12 @@ class Output(Component):
                 message=f"`run_dir` = \"{self.run_dir}\" has no last part that names the run",
                 help='write one, as in run_dir = "runs/first"',
             )
+        elif basename(run).startswith("."):
+            yield Problem(
+                path=f"{path}.run_dir",
+                message=f"`run_dir` = \"{self.run_dir}\" names the run with a dot in front, which hides its metrics",
+                help="drop the dot",
+            )
         elif self.metrics_dir is None and run == join(dirname(run), "metrics"):
             yield Problem(
                 path=f"{path}.run_dir",
