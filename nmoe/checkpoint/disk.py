@@ -74,15 +74,20 @@ def sync_directory(path: Path) -> None:
             os.close(descriptor)
 
 
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """Writes every byte, however few the system takes at a time, and fsyncs."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.fsync(descriptor)
+
+
 def write_synced(path: Path, data: bytes | memoryview) -> None:
     """Writes a new file and fsyncs its content. Its name is durable only after sync_directory."""
     with naming("write", path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
+            write_all(descriptor, data)
         finally:
             os.close(descriptor)
 

@@ -77,10 +77,7 @@ def append(run: Path, event: str, *, lineage: str, attempt: int, **fields: Any) 
     with disk.naming("append to", path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            rest = memoryview(line)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-            os.fsync(descriptor)
+            disk.write_all(descriptor, line)
         finally:
             os.close(descriptor)
     if is_new:
