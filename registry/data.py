@@ -32,6 +32,20 @@ class BytesTokenizer(Tokenizer):
 
 
 @attrs.frozen(kw_only=True)
+class PackagedTokenizer(Tokenizer):
+    """Byte pairs learnt from the training part of a text that ships with the package: 2,048 tokens."""
+
+    known_vocab_size: ClassVar[int | None] = 2048
+
+    name: str = key("the text it was learnt from", choices=("shakespeare",))
+
+    def build(self):
+        from nmoe.data.corpus import tokenizer
+
+        return tokenizer(self.name)
+
+
+@attrs.frozen(kw_only=True)
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of Hugging Face's tokenizers."""
 

