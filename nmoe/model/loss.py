@@ -30,11 +30,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, h_TD.shape[0], chunk_tokens):
             stop = start + chunk_tokens
             h_CD, target_C1 = h_TD[start:stop].float(), targets_T[start:stop, None]
-            logp_CV = torch.log_softmax(product(h_CD, w32_VD.t(), torch.float32), dim=1)
-            loss_C1 = logp_CV.gather(1, target_C1).neg_()
+            # One exponential an element: log_softmax and then exp would take two, and they are what it costs.
+            logits_CV = product(h_CD, w32_VD.t(), torch.float32)
+            logits_CV.sub_(logits_CV.amax(dim=1, keepdim=True))
+            target_logit_C1 = logits_CV.gather(1, target_C1)
+            d_logits_CV = logits_CV.exp_()
+            z_C1 = d_logits_CV.sum(dim=1, keepdim=True)
+            loss_C1 = z_C1.log() - target_logit_C1
             losses_T[start:stop] = loss_C1[:, 0]
-            d_logits_CV = logp_CV.exp_()
-            d_logits_CV.scatter_(1, target_C1, torch.expm1(-loss_C1))
+            d_logits_CV.div_(z_C1).scatter_(1, target_C1, torch.expm1(-loss_C1))
             torch.mm(d_logits_CV, w32_VD, out=dh_TD[start:stop])
             dw_VD.addmm_(d_logits_CV.t(), h_CD)
         ctx.save_for_backward(dh_TD, dw_VD)

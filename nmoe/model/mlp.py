@@ -21,7 +21,7 @@ class _Swiglu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x_TD, w_gate_up_2FD, w_down_DF, pre_T2F = ctx.saved_tensors
-        act_TF, d_pre_T2F = swiglu_backward(pre_T2F, product(dy_TD, w_down_DF, torch.float32), None, None)
+        act_TF, d_pre_T2F = swiglu_backward(pre_T2F, product(dy_TD, w_down_DF, torch.float32))
         dw_down_DF = product(dy_TD.t(), act_TF, torch.float32)
         dw_gate_up_2FD = product(d_pre_T2F.t(), x_TD, torch.float32).view(w_gate_up_2FD.shape)
         return product(d_pre_T2F, w_gate_up_2FD.flatten(0, 1), x_TD.dtype), dw_gate_up_2FD, dw_down_DF
