@@ -10,6 +10,7 @@ Measured on 2 cores (torch 2.13, one thread): `use_deterministic_algorithms` cos
 without 0.005); index_put, index_add, scatter_add, embedding's backward and cumsum are within noise.
 """
 
+import ctypes
 import os
 import platform as python_platform
 import shutil
@@ -202,7 +203,9 @@ def require(target: str, threads: int | None) -> None:
 
     if target in CAPABILITY_OF_TARGET:
         _require_device(target)
-    elif target != "cpu":
+    elif target == "cpu":
+        _keep_freed_memory()
+    else:
         raise ValueError(f"no such target: {target!r}")
     if threads is not None:
         torch.set_num_threads(threads)
@@ -217,6 +220,20 @@ def require(target: str, threads: int | None) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one, instead of giving it back to the kernel (mallopt(3)).
+
+    A step frees and asks again for the same buffers; given back, each page of them costs a fault. Quickstart's
+    step: 6% less CPU time, measured 2026-11-23 on one core. Other C libraries have no such setting.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_mmap_threshold, m_trim_threshold, m_top_pad = -3, -1, -2
+        mallopt(m_mmap_threshold, 32 * 2**20)
+        mallopt(m_trim_threshold, 2**30)
+        mallopt(m_top_pad, 64 * 2**20)
 
 
 def _require_device(target: str) -> None:
