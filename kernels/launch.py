@@ -43,3 +43,21 @@ SM_90A_SHALLOW: Table = SM_90A_DEEP | {"dgate": Launch(3, 1, False, 2)}
 def launches(hidden_size: int) -> Table:
     """The table of a shape class: a product over less than 1024 hides little of its epilogue."""
     return SM_90A_DEEP if hidden_size >= 1024 else SM_90A_SHALLOW
+
+
+class AttentionLaunch(NamedTuple):
+    """Keys of a tile and ring stages of each attention kernel; `turns`: warpgroups take turns at the products."""
+
+    forward_keys: int
+    forward_stages: int
+    turns: bool
+    keys_stages: int
+    queries_keys: int
+    queries_stages: int
+
+
+def attention_launch(query_size: int, value_size: int, window: int | None) -> AttentionLaunch:
+    """The pinned launch of a pair of head sizes; shared memory ends at 227 KiB."""
+    if query_size == 192:
+        return AttentionLaunch(128, 2, False, 3, 64, 3)
+    return AttentionLaunch(128, 2, False, 4, 128, 2)

@@ -1,0 +1,198 @@
+"""Attention backward on Hopper, the half over queries: dq_i = scale sum_j ds_ij k_j.
+
+The mathematics, `stats` and the reasons are in attention_backward.py. 128 queries and their output's
+gradients stay in shared memory, 64 to each of two warpgroups, whose accumulators hold dq whole; keys
+and values come through the ring from the diagonal down. With 64 keys a step both first products are in
+flight at once; with 128 the second begins when p is rounded, since registers end there.
+
+Accumulation: float32 over keys from the diagonal down; ds is rounded to bf16 for its product.
+Repeatable: each element of dq is one accumulator's sum in one order; no atomics.
+
+Floor and figures in NOTES.md.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from nmoe.kernels.attention_backward import rounded, scaled, store_rows
+from nmoe.kernels.attention_forward import fetch, first_keys, hide, key_span, locate, scores, steps_of
+from nmoe.kernels.grouped import block_barrier
+
+
+@gluon.jit
+def queries_produce(
+    qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, start_ptr, smem_qa, smem_qb, smem_do, ring_ka, ring_kb,
+    ring_v, q_full, q_empty, full, empty, items, pairs, blocks, H, shared, S,
+    QA: gl.constexpr, QB: gl.constexpr, V: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    WINDOW: gl.constexpr, DOCS: gl.constexpr,
+):
+    count = 0
+    tile = 0
+    for s in range(steps_of(items)):
+        bh, block, real = locate(s, pairs, blocks)
+        if real:
+            batch = bh // H
+            head = bh % H
+            q0 = block * 128
+            lo, hi = key_span(q0, batch, start_ptr, S, 128, BN, WINDOW, DOCS)
+            mbarrier.wait(q_empty, (tile & 1) ^ 1)
+            mbarrier.expect(q_full, 2 * 128 * (QA + QB + V))
+            for w in gl.static_range(2):
+                fetch(qa_desc, q_full, smem_qa.index(w), batch, head, q0 + w * 64, 0)
+                if QB > 0:
+                    fetch(qb_desc, q_full, smem_qb.index(w), batch, head, q0 + w * 64, QA)
+                fetch(do_desc, q_full, smem_do.index(w), batch, head, q0 + w * 64, 0)
+            for i in range(hi - lo):
+                row = (hi - 1 - i) * BN
+                stage = count % STAGES
+                mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+                bar = full.index(stage)
+                mbarrier.expect(bar, 2 * BN * (QA + QB + V))
+                fetch(ka_desc, bar, ring_ka.index(stage), batch, head // shared, row, 0)
+                if QB > 0:
+                    fetch(kb_desc, bar, ring_kb.index(stage), batch, head // shared, row, QA)
+                fetch(v_desc, bar, ring_v.index(stage), batch, head // shared, row, 0)
+                count += 1
+            tile += 1
+
+
+@gluon.jit
+def queries_step(
+    n, count, qa, qb, do, ring_ka, ring_kb, ring_v, full, empty, zero, dqa, dqb, lse_M, delta_M, i_M, first_M,
+    scale2, QB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, p_layout: gl.constexpr, MASK: gl.constexpr,
+    WINDOW: gl.constexpr, DOCS: gl.constexpr,
+):
+    """BN keys into dq; releases the stage."""
+    layout: gl.constexpr = zero.type.layout
+    stage = count % STAGES
+    mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+    sc = scores(qa, qb, ring_ka, ring_kb, stage, zero, QB)
+    EARLY: gl.constexpr = BN == 64  # both in flight at once, where registers allow
+    if EARLY:
+        dp = warpgroup_mma(do, ring_v.index(stage).permute([1, 0]), zero - delta_M[:, None], is_async=True)
+        sc = warpgroup_mma_wait(1, deps=[sc])
+    else:
+        sc = warpgroup_mma_wait(0, deps=[sc])
+    if MASK:
+        j_N = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
+        sc = hide(sc, i_M, first_M, j_N, WINDOW, DOCS)
+    pb = rounded(gl.convert_layout(gl.exp2(sc * scale2 - lse_M[:, None]), p_layout))
+    if not EARLY:
+        dp = warpgroup_mma(do, ring_v.index(stage).permute([1, 0]), zero - delta_M[:, None], is_async=True)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    dsb = scaled(pb, gl.convert_layout(dp, p_layout))
+    dqa = warpgroup_mma(dsb, ring_ka.index(stage), dqa, is_async=True)
+    if QB > 0:
+        dqb = warpgroup_mma(dsb, ring_kb.index(stage), dqb, is_async=True)
+        dqa, dqb = warpgroup_mma_wait(0, deps=[dqa, dqb])
+    else:
+        dqa = warpgroup_mma_wait(0, deps=[dqa])
+    mbarrier.arrive(empty.index(stage), count=1)
+    return dqa, dqb
+
+
+@gluon.jit
+def queries_consume(
+    which: gl.constexpr, dq_ptr, stats_ptr, start_ptr, smem_qa, smem_qb, smem_do, ring_ka, ring_kb, ring_v,
+    q_full, q_empty, full, empty, items, pairs, blocks, H, S, scale2, scale, head_q,
+    QA: gl.constexpr, QB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    WINDOW: gl.constexpr, DOCS: gl.constexpr,
+):
+    mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    mma_a: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QA, 16])
+    mma_b: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, mma_s, 2)
+    zero = gl.zeros([64, BN], gl.float32, mma_s)
+    qa = smem_qa.index(which)
+    qb = smem_qb.index(which)
+    do = smem_do.index(which)
+    q_blocks = (S + 63) // 64
+    count = 0
+    tile = 0
+    for s in range(steps_of(items)):
+        bh, block, real = locate(s, pairs, blocks)
+        if real:
+            batch = bh // H
+            q0 = block * 128
+            lo, hi = key_span(q0, batch, start_ptr, S, 128, BN, WINDOW, DOCS)
+            r_M = gl.arange(0, 64, gl.SliceLayout(1, mma_s))
+            i_M = q0 + which * 64 + r_M
+            first_M = first_keys(i_M, batch, start_ptr, S, WINDOW, DOCS)
+            q_block = block * 2 + which
+            stats = stats_ptr + (bh * q_blocks + q_block) * 128
+            lse_M = gl.load(stats + r_M, mask=r_M < (q_blocks - q_block) * 64, other=float("inf"))
+            delta_M = gl.load(stats + 64 + r_M, mask=r_M < (q_blocks - q_block) * 64, other=0.0)
+            dqa = gl.zeros([64, QA], gl.float32, mma_a)
+            dqb = gl.zeros([64, 64], gl.float32, mma_b) if QB > 0 else 0
+            mbarrier.wait(q_full, tile & 1)
+            middle = hi - lo
+            if WINDOW == 0 and not DOCS:
+                middle = gl.minimum(128 // BN, middle)
+            for i in range(middle):
+                dqa, dqb = queries_step(
+                    hi - 1 - i, count, qa, qb, do, ring_ka, ring_kb, ring_v, full, empty, zero, dqa, dqb, lse_M,
+                    delta_M, i_M, first_M, scale2, QB, BN, STAGES, p_layout, True, WINDOW, DOCS)
+                count += 1
+            if WINDOW == 0 and not DOCS:
+                for i in range(middle, hi - lo):
+                    dqa, dqb = queries_step(
+                        hi - 1 - i, count, qa, qb, do, ring_ka, ring_kb, ring_v, full, empty, zero, dqa, dqb,
+                        lse_M, delta_M, i_M, first_M, scale2, QB, BN, STAGES, p_layout, False, WINDOW, DOCS)
+                    count += 1
+            mbarrier.arrive(q_empty, count=1)
+            tile += 1
+            store_rows(dq_ptr, dqa, scale, bh, q0 + which * 64, S, head_q, 0)
+            if QB > 0:
+                store_rows(dq_ptr, dqb, scale, bh, q0 + which * 64, S, head_q, QA)
+
+
+@gluon.jit
+def queries_kernel(
+    qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, stats_ptr, start_ptr, dq_ptr,
+    items, pairs, blocks, H, shared, S, scale2, scale, head_q,
+    QA: gl.constexpr, QB: gl.constexpr, V: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+    WINDOW: gl.constexpr, DOCS: gl.constexpr,
+):
+    a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, QA], gl.bfloat16)
+    b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, V], gl.bfloat16)
+    smem_qa = gl.allocate_shared_memory(gl.bfloat16, [2, 64, QA], a_layout)
+    smem_qb = gl.allocate_shared_memory(gl.bfloat16, [2, 64 if QB > 0 else 8, 64], b_layout)
+    smem_do = gl.allocate_shared_memory(gl.bfloat16, [2, 64, V], v_layout)
+    ring_ka = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, QA], a_layout)
+    ring_kb = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN if QB > 0 else 8, 64], b_layout)
+    ring_v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, BN, V], v_layout)
+    q_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(q_bars.index(0), count=1)
+    mbarrier.init(q_bars.index(1), count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    block_barrier()
+    gl.warp_specialize(
+        [
+            (queries_consume, (
+                gl.constexpr(0), dq_ptr, stats_ptr, start_ptr, smem_qa, smem_qb, smem_do, ring_ka, ring_kb, ring_v,
+                q_bars.index(0), q_bars.index(1), full, empty, items, pairs, blocks, H, S, scale2, scale, head_q,
+                QA, QB, BN, STAGES, WINDOW, DOCS)),
+            (queries_consume, (
+                gl.constexpr(1), dq_ptr, stats_ptr, start_ptr, smem_qa, smem_qb, smem_do, ring_ka, ring_kb, ring_v,
+                q_bars.index(0), q_bars.index(1), full, empty, items, pairs, blocks, H, S, scale2, scale, head_q,
+                QA, QB, BN, STAGES, WINDOW, DOCS)),
+            (queries_produce, (
+                qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, start_ptr, smem_qa, smem_qb, smem_do, ring_ka,
+                ring_kb, ring_v, q_bars.index(0), q_bars.index(1), full, empty, items, pairs, blocks, H, shared, S,
+                QA, QB, V, BN, STAGES, WINDOW, DOCS)),
+        ],
+        [4, 1],
+        [240, 24],
+    )
