@@ -151,7 +151,7 @@ def attention_forward(
         *_head_tiles(q_BHSQ, 64, sizes), *_head_tiles(k_BGSQ, n, sizes), _tiles(v_BGSV, n, sizes.v),
         out_BHSV, lse_BHS, sink_H, docs.start_BS if docs else None,
         *work, H, H // G, S, (Q**-0.5 if scale is None else scale) * 1.4426950408889634, V,
-        sizes.qa, sizes.qb, sizes.v, n, p.forward_stages, window or 0, docs is not None, sink_H is not None, p.turns,
+        sizes.qa, sizes.qb, sizes.v, n, p.forward_stages, window or 0, docs is not None, sink_H is not None,
         num_warps=4,
     )  # fmt: skip
     return out_BHSV, lse_BHS
@@ -164,9 +164,10 @@ def attention_backward(
 ) -> AttentionGradients:  # fmt: skip
     """Gradients of q, k, v (bf16, contiguous, summed over a group's query heads in order) and of the sinks.
 
-    out_BHSV and lse_BHS may come from another forward that means the same; lse_BHS contiguous float32.
+    out_BHSV and lse_BHS may come from another forward that means the same; lse_BHS contiguous float32, the last axis
+    of out_BHSV contiguous.
     """
-    from nmoe.kernels.attention_backward import keys_kernel, stats_kernel
+    from nmoe.kernels.attention_backward import keys_kernel
     from nmoe.kernels.attention_queries import queries_kernel
 
     _require(q_BHSQ, k_BGSQ, v_BGSV, window)
@@ -181,28 +182,26 @@ def attention_backward(
     blocks = -(-S // 64)
     stats = torch.empty(B * H, blocks, 2, 64, dtype=torch.float32, device=q_BHSQ.device)
     dsink = torch.empty(B, H, blocks, dtype=torch.float32, device=q_BHSQ.device) if sink_H is not None else None
-    stats_kernel[(blocks, B * H)](
-        out_BHSV, dout_BHSV, lse_BHS, sink_H, stats, dsink, S, H, *out_BHSV.stride()[:3], *dout_BHSV.stride()[:3], V,
-        sink_H is not None, sizes.v, num_warps=4,
-    )  # fmt: skip
     masks = (window or 0, docs is not None)
     q, dout = _head_tiles(q_BHSQ, 64, sizes), _tiles(dout_BHSV, 64, sizes.v)
-
-    dk_BGSQ, dv_BGSV = q_BHSQ.new_empty(B, G, S, Q), q_BHSQ.new_empty(B, G, S, V)
-    grid, *work = _work(B * G, S)
-    keys_kernel[(grid,)](
-        *q, *_head_tiles(k_BGSQ, 64, sizes), _tiles(v_BGSV, 64, sizes.v), dout, stats, docs.end_BS if docs else None,
-        dk_BGSQ, dv_BGSV, *work, G, H // G, S, scale2, factor, Q, V,
-        sizes.qa, sizes.qb, sizes.v, p.keys_stages, *masks, num_warps=4,
-    )  # fmt: skip
 
     dq_BHSQ = q_BHSQ.new_empty(B, H, S, Q)
     grid, *work = _work(B * H, S)
     n = p.queries_keys
     queries_kernel[(grid,)](
-        *q, *_head_tiles(k_BGSQ, n, sizes), _tiles(v_BGSV, n, sizes.v), dout, stats, docs.start_BS if docs else None,
-        dq_BHSQ, *work, H, H // G, S, scale2, factor, Q,
-        sizes.qa, sizes.qb, sizes.v, n, p.queries_stages, *masks, num_warps=4,
+        *q, *_head_tiles(k_BGSQ, n, sizes), _tiles(v_BGSV, n, sizes.v), dout,
+        *_head_tiles(dq_BHSQ, 64, sizes), dq_BHSQ, out_BHSV, lse_BHS, sink_H, stats, dsink,
+        docs.start_BS if docs else None, *work, H, H // G, S, scale2, factor, Q, V, *out_BHSV.stride()[:3],
+        sizes.qa, sizes.qb, sizes.v, n, p.queries_stages, *masks, sink_H is not None, p.buffers, num_warps=4,
+    )  # fmt: skip
+
+    dk_BGSQ, dv_BGSV = q_BHSQ.new_empty(B, G, S, Q), q_BHSQ.new_empty(B, G, S, V)
+    grid, *work = _work(B * G, S)
+    keys_kernel[(grid,)](
+        *q, *_head_tiles(k_BGSQ, 64, sizes), _tiles(v_BGSV, 64, sizes.v), dout, stats, docs.end_BS if docs else None,
+        *_head_tiles(dk_BGSQ, 64, sizes), _tiles(dv_BGSV, 64, sizes.v), dk_BGSQ, dv_BGSV,
+        *work, G, H // G, S, scale2, factor, Q, V,
+        sizes.qa, sizes.qb, sizes.v, p.keys_stages, *masks, p.buffers, num_warps=4,
     )  # fmt: skip
     return AttentionGradients(dq_BHSQ, dk_BGSQ, dv_BGSV, None if dsink is None else dsink.sum((0, 2)))
 

@@ -1,4 +1,4 @@
-"""Attention backward on Hopper, without atomics: this kernel over key blocks for dk and dv, another over queries.
+"""Attention backward on Hopper, without atomics: the half over keys, for dk and dv.
 
     p_ij = exp(s_ij - lse_i)     delta_i = <dout_i, out_i>     dp_ij = <dout_i, v_j>     ds_ij = p_ij (dp_ij - delta_i)
     dv_j = sum_i p_ij dout_i     dk_j = scale sum_i ds_ij q_i     dq_i = scale sum_j ds_ij k_j
@@ -6,8 +6,9 @@
 
 Seven products where five would do with dq summed across key blocks; for that each element of dk, dv and
 dq is one accumulator's sum in one order, no block waits for another, and nothing but `stats` is stored
-between them. Layouts as in attention_forward.py. `stats` (B H, blocks of 64, 2, 64) float32 holds
-lse log2(e) and delta for 64 queries at a time, +inf and 0 past S, so that p is 0 there.
+between them. attention_queries.py runs first: dq, dsink, and `stats` (B H, blocks of 64, 2, 64), float32, lse
+log2(e) and delta of 64 queries at a time, +inf and 0 past S, so that p is 0 there. Layouts as in
+attention_forward.py.
 
 A block of 128 keys stays in shared memory, 64 to each of two warpgroups, whose accumulators hold dk and
 dv whole; 64 queries at a time come through the ring with their output's gradients and stats, ascending,
@@ -21,46 +22,19 @@ made from the rounded p. Repeatable: as above; no atomics, no order that depends
 Floor and figures in NOTES.md.
 """
 
-import triton
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from nmoe.kernels.attention_forward import fetch, locate, scores, steps_of
 from nmoe.kernels.grouped import block_barrier
-
-
-@triton.jit
-def stats_kernel(
-    o_ptr, do_ptr, lse_ptr, sink_ptr, stats_ptr, dsink_ptr, S, H, o_b, o_h, o_s, do_b, do_h, do_s, V,
-    SINK: tl.constexpr, BLOCK_V: tl.constexpr,
-):
-    """64 queries of one head: lse log2(e) and <dout, out>; with a sink also its gradient's part."""
-    block = tl.program_id(0)
-    bh = tl.program_id(1)
-    i = block * 64 + tl.arange(0, 64)
-    d = tl.arange(0, BLOCK_V)
-    mask = (i < S)[:, None] & (d < V)[None, :]
-    b = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
-    row = i.to(tl.int64)[:, None]
-    o = tl.load(o_ptr + b * o_b + h * o_h + row * o_s + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    do = tl.load(do_ptr + b * do_b + h * do_h + row * do_s + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    delta = tl.sum(o * do, axis=1)
-    lse = tl.load(lse_ptr + bh.to(tl.int64) * S + i, mask=i < S, other=float("inf"))
-    at = stats_ptr + (bh.to(tl.int64) * tl.num_programs(0) + block) * 128 + tl.arange(0, 64)
-    tl.store(at, lse * 1.4426950408889634)
-    tl.store(at + 64, delta)
-    if SINK:
-        p = tl.exp(tl.load(sink_ptr + bh % H) - lse)
-        tl.store(dsink_ptr + bh * tl.num_programs(0) + block, -tl.sum(p * delta, axis=0))
 
 
 @gluon.jit
@@ -97,7 +71,7 @@ def keys_produce(
     qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, stats_ptr, end_ptr, smem_ka, smem_kb, smem_v,
     ring_qa, ring_qb, ring_do, ring_stats, k_full, k_empty, full, empty, items, pairs, blocks, G, shared, S,
     QA: gl.constexpr, QB: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
-    DOCS: gl.constexpr,
+    DOCS: gl.constexpr, BUFFERS: gl.constexpr,
 ):
     flat: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     off = gl.arange(0, 128, flat)
@@ -111,13 +85,15 @@ def keys_produce(
             group = bg % G
             k0 = (blocks - 1 - block) * 128
             lo, hi = query_span(k0, batch, end_ptr, S, WINDOW, DOCS)
-            mbarrier.wait(k_empty, (tile & 1) ^ 1)
-            mbarrier.expect(k_full, 2 * 128 * (QA + QB + V))
+            buffer = tile % BUFFERS
+            mbarrier.wait(k_empty.index(buffer), ((tile // BUFFERS) & 1) ^ 1)
+            bar = k_full.index(buffer)
+            mbarrier.expect(bar, 2 * 128 * (QA + QB + V))
             for w in gl.static_range(2):
-                fetch(ka_desc, k_full, smem_ka.index(w), batch, group, k0 + w * 64, 0)
+                fetch(ka_desc, bar, smem_ka.index(2 * buffer + w), batch, group, k0 + w * 64, 0)
                 if QB > 0:
-                    fetch(kb_desc, k_full, smem_kb.index(w), batch, group, k0 + w * 64, QA)
-                fetch(v_desc, k_full, smem_v.index(w), batch, group, k0 + w * 64, 0)
+                    fetch(kb_desc, bar, smem_kb.index(2 * buffer + w), batch, group, k0 + w * 64, QA)
+                fetch(v_desc, bar, smem_v.index(2 * buffer + w), batch, group, k0 + w * 64, 0)
             for h in range(shared):
                 head = group * shared + h
                 stats = stats_ptr + (batch * (G * shared) + head) * q_blocks * 128 + off
@@ -146,8 +122,7 @@ def keys_step(
     layout: gl.constexpr = zero.type.layout
     stage = count % STAGES
     mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-    st = scores(ka, kb, ring_qa, ring_qb, stage, zero, QB)
-    st = warpgroup_mma_wait(0, deps=[st])
+    st = warpgroup_mma_wait(0, deps=[scores(ka, kb, ring_qa, ring_qb, stage, zero, QB)])
     lse = ring_stats.index(stage).slice(0, 64).load(gl.SliceLayout(0, layout))
     p = gl.exp2(st * scale2 - lse[None, :])
     if MASK:
@@ -183,20 +158,28 @@ def store_rows(ptr, acc, factor, bh, row0, S, width, col0):
 
 
 @gluon.jit
+def stage_rows(desc, buffer, acc, factor, batch, head, row, col):
+    """The same through a shared buffer that nobody else uses, by TMA."""
+    buffer.store((acc * factor).to(gl.bfloat16))
+    fence_async_shared()
+    block_barrier()
+    view = buffer._reinterpret(desc.dtype, desc.block_shape, desc.layout)
+    tma.async_copy_shared_to_global(desc, [batch, head, row, col], view)
+
+
+@gluon.jit
 def keys_consume(
-    which: gl.constexpr, dk_ptr, dv_ptr, end_ptr, smem_ka, smem_kb, smem_v, ring_qa, ring_qb, ring_do, ring_stats,
-    k_full, k_empty, full, empty, items, pairs, blocks, G, shared, S, scale2, scale, head_q, head_v,
+    which: gl.constexpr, dka_desc, dkb_desc, dv_desc, dk_ptr, dv_ptr, end_ptr, smem_ka, smem_kb, smem_v, ring_qa,
+    ring_qb, ring_do, ring_stats, k_full, k_empty, full, empty, items, pairs, blocks, G, shared, S, scale2, scale,
+    head_q, head_v,
     QA: gl.constexpr, QB: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
-    DOCS: gl.constexpr,
+    DOCS: gl.constexpr, BUFFERS: gl.constexpr,
 ):
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 16])
     mma_a: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, QA, 16])
     mma_v: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, V, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, mma_s, 2)
     zero = gl.zeros([64, 64], gl.float32, mma_s)
-    ka = smem_ka.index(which)
-    kb = smem_kb.index(which)
-    v = smem_v.index(which)
     count = 0
     tile = 0
     for s in range(steps_of(items)):
@@ -214,7 +197,11 @@ def keys_consume(
             dka = gl.zeros([64, QA], gl.float32, mma_a)
             dkb = gl.zeros([64, 64], gl.float32, mma_s) if QB > 0 else 0
             dv = gl.zeros([64, V], gl.float32, mma_v)
-            mbarrier.wait(k_full, tile & 1)
+            buffer = tile % BUFFERS
+            ka = smem_ka.index(2 * buffer + which)
+            kb = smem_kb.index(2 * buffer + which)
+            v = smem_v.index(2 * buffer + which)
+            mbarrier.wait(k_full.index(buffer), (tile // BUFFERS) & 1)
             for _h in range(shared):
                 middle = hi
                 if WINDOW == 0 and not DOCS:
@@ -230,38 +217,47 @@ def keys_consume(
                             m, count, ka, kb, v, ring_qa, ring_qb, ring_do, ring_stats, full, empty, zero, dka, dkb,
                             dv, j_N, end_N, scale2, QB, STAGES, p_layout, False, WINDOW, DOCS)
                         count += 1
-            mbarrier.arrive(k_empty, count=1)
-            tile += 1
             row0 = k0 + which * 64
-            store_rows(dv_ptr, dv, 1.0, bg, row0, S, head_v, 0)
-            store_rows(dk_ptr, dka, scale, bg, row0, S, head_q, 0)
-            if QB > 0:
-                store_rows(dk_ptr, dkb, scale, bg, row0, S, head_q, QA)
+            if BUFFERS == 2:  # through this warpgroup's own part of the keys, while the next ones come
+                stage_rows(dv_desc, v, dv, 1.0, batch, bg % G, row0, 0)
+                stage_rows(dka_desc, ka, dka, scale, batch, bg % G, row0, 0)
+                if QB > 0:
+                    stage_rows(dkb_desc, kb, dkb, scale, batch, bg % G, row0, QA)
+                tma.store_wait(0)
+            mbarrier.arrive(k_empty.index(buffer), count=1)
+            tile += 1
+            if BUFFERS == 1:
+                store_rows(dv_ptr, dv, 1.0, bg, row0, S, head_v, 0)
+                store_rows(dk_ptr, dka, scale, bg, row0, S, head_q, 0)
+                if QB > 0:
+                    store_rows(dk_ptr, dkb, scale, bg, row0, S, head_q, QA)
 
 
 @gluon.jit
 def keys_kernel(
-    qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, stats_ptr, end_ptr, dk_ptr, dv_ptr,
-    items, pairs, blocks, G, shared, S, scale2, scale, head_q, head_v,
+    qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, stats_ptr, end_ptr,
+    dka_desc, dkb_desc, dv_desc, dk_ptr, dv_ptr, items, pairs, blocks, G, shared, S, scale2, scale, head_q, head_v,
     QA: gl.constexpr, QB: gl.constexpr, V: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
-    DOCS: gl.constexpr,
+    DOCS: gl.constexpr, BUFFERS: gl.constexpr,
 ):
     a_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, QA], gl.bfloat16)
     b_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, V], gl.bfloat16)
     B_ROWS: gl.constexpr = 64 if QB > 0 else 8
-    smem_ka = gl.allocate_shared_memory(gl.bfloat16, [2, 64, QA], a_layout)
-    smem_kb = gl.allocate_shared_memory(gl.bfloat16, [2, B_ROWS, 64], b_layout)
-    smem_v = gl.allocate_shared_memory(gl.bfloat16, [2, 64, V], v_layout)
+    smem_ka = gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, 64, QA], a_layout)
+    smem_kb = gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, B_ROWS, 64], b_layout)
+    smem_v = gl.allocate_shared_memory(gl.bfloat16, [2 * BUFFERS, 64, V], v_layout)
     ring_qa = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, QA], a_layout)
     ring_qb = gl.allocate_shared_memory(gl.bfloat16, [STAGES, B_ROWS, 64], b_layout)
     ring_do = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 64, V], v_layout)
     ring_stats = gl.allocate_shared_memory(gl.float32, [STAGES, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    k_bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_bars.index(0), count=1)
-    mbarrier.init(k_bars.index(1), count=2)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=33)
         mbarrier.init(empty.index(i), count=2)
@@ -270,17 +266,17 @@ def keys_kernel(
     gl.warp_specialize(
         [
             (keys_consume, (
-                gl.constexpr(0), dk_ptr, dv_ptr, end_ptr, smem_ka, smem_kb, smem_v, ring_qa, ring_qb, ring_do,
-                ring_stats, k_bars.index(0), k_bars.index(1), full, empty, items, pairs, blocks, G, shared, S, scale2,
-                scale, head_q, head_v, QA, QB, V, STAGES, WINDOW, DOCS)),
+                gl.constexpr(0), dka_desc, dkb_desc, dv_desc, dk_ptr, dv_ptr, end_ptr, smem_ka, smem_kb, smem_v,
+                ring_qa, ring_qb, ring_do, ring_stats, k_full, k_empty, full, empty, items, pairs, blocks, G, shared, S,
+                scale2, scale, head_q, head_v, QA, QB, V, STAGES, WINDOW, DOCS, BUFFERS)),
             (keys_consume, (
-                gl.constexpr(1), dk_ptr, dv_ptr, end_ptr, smem_ka, smem_kb, smem_v, ring_qa, ring_qb, ring_do,
-                ring_stats, k_bars.index(0), k_bars.index(1), full, empty, items, pairs, blocks, G, shared, S, scale2,
-                scale, head_q, head_v, QA, QB, V, STAGES, WINDOW, DOCS)),
+                gl.constexpr(1), dka_desc, dkb_desc, dv_desc, dk_ptr, dv_ptr, end_ptr, smem_ka, smem_kb, smem_v,
+                ring_qa, ring_qb, ring_do, ring_stats, k_full, k_empty, full, empty, items, pairs, blocks, G, shared, S,
+                scale2, scale, head_q, head_v, QA, QB, V, STAGES, WINDOW, DOCS, BUFFERS)),
             (keys_produce, (
                 qa_desc, qb_desc, ka_desc, kb_desc, v_desc, do_desc, stats_ptr, end_ptr, smem_ka, smem_kb, smem_v,
-                ring_qa, ring_qb, ring_do, ring_stats, k_bars.index(0), k_bars.index(1), full, empty, items, pairs,
-                blocks, G, shared, S, QA, QB, V, STAGES, WINDOW, DOCS)),
+                ring_qa, ring_qb, ring_do, ring_stats, k_full, k_empty, full, empty, items, pairs,
+                blocks, G, shared, S, QA, QB, V, STAGES, WINDOW, DOCS, BUFFERS)),
         ],
         [4, 1],
         [240, 24],

@@ -140,9 +140,9 @@ def first_keys(i_M, batch, start_ptr, S, WINDOW: gl.constexpr, DOCS: gl.constexp
 @gluon.jit
 def forward_consume(
     which: gl.constexpr, o_ptr, lse_ptr, sink_ptr, start_ptr, smem_qa, smem_qb, ring_ka, ring_kb, ring_v,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, order, items, pairs, blocks, H, S, scale2, head_v,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, items, pairs, blocks, H, S, scale2, head_v,
     QB: gl.constexpr, V: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, WINDOW: gl.constexpr,
-    DOCS: gl.constexpr, SINK: gl.constexpr, TURNS: gl.constexpr,
+    DOCS: gl.constexpr, SINK: gl.constexpr,
 ):
     mma_s: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     mma_o: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, V, 16])
@@ -152,7 +152,6 @@ def forward_consume(
     qb = smem_qb.index(which)
     count = 0
     tile = 0
-    turn = 0
     for s in range(steps_of(items)):
         bh, block, real = locate(s, pairs, blocks)
         if real:
@@ -183,14 +182,9 @@ def forward_consume(
                 stage = (count + 1) % STAGES
                 before = count % STAGES
                 mbarrier.wait(k_full.index(stage), ((count + 1) // STAGES) & 1)
-                if TURNS:
-                    mbarrier.wait(order.index(which), (turn & 1) ^ (1 - which))
-                    turn += 1
                 sc = scores(qa, qb, ring_ka, ring_kb, stage, zero, QB)
                 mbarrier.wait(v_full.index(before), (count // STAGES) & 1)
                 acc = warpgroup_mma(pb, ring_v.index(before), acc, is_async=True)
-                if TURNS:
-                    mbarrier.arrive(order.index(1 - which), count=1)
                 sc = warpgroup_mma_wait(1, deps=[sc])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 if WINDOW > 0 or DOCS:
@@ -227,7 +221,7 @@ def forward_kernel(
     qa_desc, qb_desc, ka_desc, kb_desc, v_desc, o_ptr, lse_ptr, sink_ptr, start_ptr,
     items, pairs, blocks, H, shared, S, scale2, head_v,
     QA: gl.constexpr, QB: gl.constexpr, V: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-    WINDOW: gl.constexpr, DOCS: gl.constexpr, SINK: gl.constexpr, TURNS: gl.constexpr,
+    WINDOW: gl.constexpr, DOCS: gl.constexpr, SINK: gl.constexpr,
 ):
     qa_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, QA], gl.bfloat16)
     v_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, V], gl.bfloat16)
@@ -244,11 +238,8 @@ def forward_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_bars.index(0), count=1)
     mbarrier.init(q_bars.index(1), count=2)
-    mbarrier.init(order.index(0), count=1)
-    mbarrier.init(order.index(1), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
@@ -260,12 +251,12 @@ def forward_kernel(
         [
             (forward_consume, (
                 gl.constexpr(0), o_ptr, lse_ptr, sink_ptr, start_ptr, smem_qa, smem_qb, ring_ka, ring_kb, ring_v,
-                q_bars.index(0), q_bars.index(1), k_full, k_empty, v_full, v_empty, order, items, pairs, blocks, H, S,
-                scale2, head_v, QB, V, BN, STAGES, WINDOW, DOCS, SINK, TURNS)),
+                q_bars.index(0), q_bars.index(1), k_full, k_empty, v_full, v_empty, items, pairs, blocks, H, S,
+                scale2, head_v, QB, V, BN, STAGES, WINDOW, DOCS, SINK)),
             (forward_consume, (
                 gl.constexpr(1), o_ptr, lse_ptr, sink_ptr, start_ptr, smem_qa, smem_qb, ring_ka, ring_kb, ring_v,
-                q_bars.index(0), q_bars.index(1), k_full, k_empty, v_full, v_empty, order, items, pairs, blocks, H, S,
-                scale2, head_v, QB, V, BN, STAGES, WINDOW, DOCS, SINK, TURNS)),
+                q_bars.index(0), q_bars.index(1), k_full, k_empty, v_full, v_empty, items, pairs, blocks, H, S,
+                scale2, head_v, QB, V, BN, STAGES, WINDOW, DOCS, SINK)),
             (forward_produce, (
                 qa_desc, qb_desc, ka_desc, kb_desc, v_desc, start_ptr, smem_qa, smem_qb, ring_ka, ring_kb, ring_v,
                 q_bars.index(0), q_bars.index(1), k_full, k_empty, v_full, v_empty, items, pairs, blocks, H, shared, S,

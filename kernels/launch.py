@@ -46,18 +46,24 @@ def launches(hidden_size: int) -> Table:
 
 
 class AttentionLaunch(NamedTuple):
-    """Keys of a tile and ring stages of each attention kernel; `turns`: warpgroups take turns at the products."""
+    """Keys of a tile and ring stages of each attention kernel.
+
+    buffers = 2: backward fetches the next block's keys (queries) while this one ends, and stores
+    through shared memory, for windows, where blocks are short.
+    """
 
     forward_keys: int
     forward_stages: int
-    turns: bool
     keys_stages: int
     queries_keys: int
     queries_stages: int
+    buffers: int
 
 
 def attention_launch(query_size: int, value_size: int, window: int | None) -> AttentionLaunch:
     """The pinned launch of a pair of head sizes; shared memory ends at 227 KiB."""
     if query_size == 192:
-        return AttentionLaunch(128, 2, False, 3, 64, 3)
-    return AttentionLaunch(128, 2, False, 4, 128, 2)
+        return AttentionLaunch(128, 2, 3, 64, 3, 1)
+    if window is not None and window <= 1024:
+        return AttentionLaunch(128, 2, 3, 64, 3, 2)
+    return AttentionLaunch(128, 2, 4, 128, 2, 1)
