@@ -142,7 +142,7 @@ def attention_forward(
     B, H, S, Q = q_BHSQ.shape
     G, V = k_BGSQ.shape[1], v_BGSV.shape[3]
     sizes = _Sizes.of(Q, V)
-    p = launch or attention_launch(Q, V, window)
+    p = launch or attention_launch(Q, V)
     out_BHSV = torch.empty(B, H, S, V, dtype=q_BHSQ.dtype, device=q_BHSQ.device)
     lse_BHS = torch.empty(B, H, S, dtype=torch.float32, device=q_BHSQ.device)
     grid, *work = _work(B * H, S)
@@ -174,7 +174,7 @@ def attention_backward(
     B, H, S, Q = q_BHSQ.shape
     G, V = k_BGSQ.shape[1], v_BGSV.shape[3]
     sizes = _Sizes.of(Q, V)
-    p = launch or attention_launch(Q, V, window)
+    p = launch or attention_launch(Q, V)
     if dout_BHSV.stride(3) != 1 or any(dout_BHSV.stride(a) % 8 for a in range(3)):
         dout_BHSV = dout_BHSV.contiguous()
     factor = Q**-0.5 if scale is None else scale

@@ -216,7 +216,7 @@ def consume(
     c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
     ring_a, ring_b, full, empty, order, staging, loaded, rows, n_tiles, k_tiles,
     KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    SHARE: gl.constexpr, SETS: gl.constexpr,
+    SHARE: gl.constexpr, SETS: gl.constexpr, GATHER: gl.constexpr,
 ):
     """One warpgroup: every other tile of this block (or its half of every one), products then epilogue."""
     HALF: gl.constexpr = BN // 2
@@ -253,6 +253,8 @@ def consume(
         for k in range(k_tiles):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+            if GATHER:  # rows came by cp.async, through another proxy than wgmma reads by
+                fence_async_shared()
             a = ring_a.index(stage)._reinterpret(gl.bfloat16, [SHARE, WM, BK], part).index(which % SHARE)
             b = ring_b.index(stage)
             if KIND == UP or KIND == DOWN:  # noqa: SIM109 (the compiler knows no tuples of constants)
@@ -326,11 +328,11 @@ def rows_kernel(
             (consume, (
                 gl.constexpr(0), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
                 tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging0, loaded.index(0), rows,
-                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
+                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS, GATHER)),
             (consume, (
                 gl.constexpr(1), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
                 tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging1, loaded.index(1), rows,
-                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS)),
+                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS, GATHER)),
             (produce, (
                 a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
                 ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES)),

@@ -87,8 +87,8 @@ def produce(
 @gluon.jit
 def consume(
     which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, ACCUMULATE: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr,
-    BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One warpgroup: its half of every tile's rows, the products and then the float32 tile to memory."""
     WM: gl.constexpr = (BG if TOKENS_FIRST else BR) // 2
@@ -124,6 +124,8 @@ def consume(
         for k in range(steps):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+            if GATHER:
+                fence_async_shared()
             a = (ring_g if TOKENS_FIRST else ring_r).index(stage)
             b = (ring_r if TOKENS_FIRST else ring_g).index(stage)
             a = a._reinterpret(gl.bfloat16, [2, BK, WM], part).index(which).permute([1, 0])
@@ -163,10 +165,10 @@ def wgrad_kernel(
         [
             (consume, (
                 gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-                PLANES, TOKENS_FIRST, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
+                PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
             (consume, (
                 gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-                PLANES, TOKENS_FIRST, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
+                PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
             (produce, (
                 g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles,
                 tiles, PLANES, GATHER, BG, BR, BK, STAGES)),
