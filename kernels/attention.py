@@ -146,12 +146,11 @@ def attention_forward(
     out_BHSV = torch.empty(B, H, S, V, dtype=q_BHSQ.dtype, device=q_BHSQ.device)
     lse_BHS = torch.empty(B, H, S, dtype=torch.float32, device=q_BHSQ.device)
     grid, *work = _work(B * H, S)
-    n = p.forward_keys
     forward_kernel[(grid,)](
-        *_head_tiles(q_BHSQ, 64, sizes), *_head_tiles(k_BGSQ, n, sizes), _tiles(v_BGSV, n, sizes.v),
+        *_head_tiles(q_BHSQ, 64, sizes), *_head_tiles(k_BGSQ, 128, sizes), _tiles(v_BGSV, 128, sizes.v),
         out_BHSV, lse_BHS, sink_H, docs.start_BS if docs else None,
         *work, H, H // G, S, (Q**-0.5 if scale is None else scale) * 1.4426950408889634, V,
-        sizes.qa, sizes.qb, sizes.v, n, p.forward_stages, window or 0, docs is not None, sink_H is not None,
+        sizes.qa, sizes.qb, sizes.v, 128, p.forward_stages, window or 0, docs is not None, sink_H is not None,
         num_warps=4,
     )  # fmt: skip
     return out_BHSV, lse_BHS
@@ -184,21 +183,21 @@ def attention_backward(
     dsink = torch.empty(B, H, blocks, dtype=torch.float32, device=q_BHSQ.device) if sink_H is not None else None
     masks = (window or 0, docs is not None)
     q, dout = _head_tiles(q_BHSQ, 64, sizes), _tiles(dout_BHSV, 64, sizes.v)
+    k, v = _head_tiles(k_BGSQ, 64, sizes), _tiles(v_BGSV, 64, sizes.v)
 
     dq_BHSQ = q_BHSQ.new_empty(B, H, S, Q)
     grid, *work = _work(B * H, S)
-    n = p.queries_keys
     queries_kernel[(grid,)](
-        *q, *_head_tiles(k_BGSQ, n, sizes), _tiles(v_BGSV, n, sizes.v), dout,
+        *q, *k, v, dout,
         *_head_tiles(dq_BHSQ, 64, sizes), dq_BHSQ, out_BHSV, lse_BHS, sink_H, stats, dsink,
         docs.start_BS if docs else None, *work, H, H // G, S, scale2, factor, Q, V, *out_BHSV.stride()[:3],
-        sizes.qa, sizes.qb, sizes.v, n, p.queries_stages, *masks, sink_H is not None, p.buffers, num_warps=4,
+        sizes.qa, sizes.qb, sizes.v, 64, p.queries_stages, *masks, sink_H is not None, p.buffers, num_warps=4,
     )  # fmt: skip
 
     dk_BGSQ, dv_BGSV = q_BHSQ.new_empty(B, G, S, Q), q_BHSQ.new_empty(B, G, S, V)
     grid, *work = _work(B * G, S)
     keys_kernel[(grid,)](
-        *q, *_head_tiles(k_BGSQ, 64, sizes), _tiles(v_BGSV, 64, sizes.v), dout, stats, docs.end_BS if docs else None,
+        *q, *k, v, dout, stats, docs.end_BS if docs else None,
         *_head_tiles(dk_BGSQ, 64, sizes), _tiles(dv_BGSV, 64, sizes.v), dk_BGSQ, dv_BGSV,
         *work, G, H // G, S, scale2, factor, Q, V,
         sizes.qa, sizes.qb, sizes.v, p.keys_stages, *masks, p.buffers, num_warps=4,

@@ -4,8 +4,8 @@
 
 The mathematics, `stats` and the reasons are in attention_backward.py. 128 queries and their output's
 gradients stay in shared memory, 64 to each of two warpgroups, whose accumulators hold dq whole; keys
-and values come through the ring from the diagonal down. With 64 keys a step both first products are in
-flight at once; with 128 the second begins when p is rounded, since registers end there.
+and values come through the ring from the diagonal down, 64 at a time, both first products in flight at
+once. Before its keys a block sums delta from rows of out, and leaves it with lse for the other half.
 
 Accumulation: float32 over keys from the diagonal down; ds is rounded to bf16 for its product.
 Repeatable: each element of dq is one accumulator's sum in one order; no atomics.
@@ -78,18 +78,12 @@ def queries_step(
     stage = count % STAGES
     mbarrier.wait(full.index(stage), (count // STAGES) & 1)
     sc = scores(qa, qb, ring_ka, ring_kb, stage, zero, QB)
-    EARLY: gl.constexpr = BN == 64  # both in flight at once, where registers allow
-    if EARLY:
-        dp = warpgroup_mma(do, ring_v.index(stage).permute([1, 0]), zero - delta_M[:, None], is_async=True)
-        sc = warpgroup_mma_wait(1, deps=[sc])
-    else:
-        sc = warpgroup_mma_wait(0, deps=[sc])
+    dp = warpgroup_mma(do, ring_v.index(stage).permute([1, 0]), zero - delta_M[:, None], is_async=True)
+    sc = warpgroup_mma_wait(1, deps=[sc])
     if MASK:
         j_N = n * BN + gl.arange(0, BN, gl.SliceLayout(0, layout))
         sc = hide(sc, i_M, first_M, j_N, WINDOW, DOCS)
     pb = rounded(gl.convert_layout(gl.exp2(sc * scale2 - lse_M[:, None]), p_layout))
-    if not EARLY:
-        dp = warpgroup_mma(do, ring_v.index(stage).permute([1, 0]), zero - delta_M[:, None], is_async=True)
     dp = warpgroup_mma_wait(0, deps=[dp])
     dsb = scaled(pb, gl.convert_layout(dp, p_layout))
     dqa = warpgroup_mma(dsb, ring_ka.index(stage), dqa, is_async=True)

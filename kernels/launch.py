@@ -1,4 +1,4 @@
-"""Launch parameters of every grouped product, pinned: one table, read by shape class, never tuned at run time.
+"""Launch parameters of the grouped products and of attention, pinned: read by shape class, never tuned at run time.
 
 `share` = 1: two warpgroups take turns, each with its own 128 x 128 tile, so that one's epilogue
 runs under the other's products. `share` = 2: both work on one 128 x 256 tile, 64 rows each.
@@ -46,16 +46,14 @@ def launches(hidden_size: int) -> Table:
 
 
 class AttentionLaunch(NamedTuple):
-    """Keys of a tile and ring stages of each attention kernel.
+    """Ring stages of each attention kernel; tiles are fixed: 128 x 128 forward, 128 x 64 backward.
 
     buffers = 2: backward fetches the next block's keys (queries) while this one ends, and stores
     through shared memory: 5% of a causal backward of 4096 tokens, 18% of a window's.
     """
 
-    forward_keys: int
     forward_stages: int
     keys_stages: int
-    queries_keys: int
     queries_stages: int
     buffers: int
 
@@ -63,7 +61,7 @@ class AttentionLaunch(NamedTuple):
 def attention_launch(query_size: int, value_size: int) -> AttentionLaunch:
     """The pinned launch of a pair of head sizes; shared memory ends at 227 KiB."""
     if query_size == 192:
-        return AttentionLaunch(128, 2, 2, 64, 3, 1)  # two buffers do not fit
+        return AttentionLaunch(2, 2, 3, 1)  # two buffers do not fit
     if query_size == value_size == 64:
-        return AttentionLaunch(128, 2, 5, 64, 5, 2)
-    return AttentionLaunch(128, 2, 3, 64, 3, 2)
+        return AttentionLaunch(2, 5, 5, 2)
+    return AttentionLaunch(2, 3, 3, 2)
