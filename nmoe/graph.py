@@ -27,6 +27,7 @@ class TrainingGraph:
 
     optimizer: the groups in the plan's order; every parameter is in exactly one.
     clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
+    document_mask: attention stays within a document.
     tokens_per_step: the loss is a mean over these.
     """
 
@@ -37,6 +38,7 @@ class TrainingGraph:
     loader: Loader
     clip_norm: float
     microbatch: int
+    document_mask: bool
     tokens_per_step: int
 
     def routers(self) -> Iterator[tuple[int, SigmoidRouter]]:
@@ -103,5 +105,6 @@ def build(plan: Plan) -> TrainingGraph:
         loader=Loader(mixture, sequences=config.batch.sequences, microbatch=config.batch.microbatch),
         clip_norm=config.optimizer.clip_norm,
         microbatch=config.batch.microbatch,
+        document_mask=config.batch.document_mask,
         tokens_per_step=config.batch.tokens_per_step,
     )

@@ -18,6 +18,7 @@ class LocalWindow(Component):
     global_every: int = key(
         "a layer is global if (index + 1) is a multiple of this, or it is the last", minimum=2
     )
+    sinks: bool = key("a learnt score for each head that takes part in the softmax and has no value", default=False)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         yield from window_problems(self, config, path)
@@ -62,7 +63,7 @@ class Attention(Component):
         """The tensors of one layer's attention."""
         raise NotImplementedError
 
-    def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
+    def build(self, *, hidden_size: int, norm_eps: float, window: int | None, sinks: bool):
         """One layer's attention on torch's current default device."""
         raise NotImplementedError
 
@@ -116,14 +117,14 @@ class Mla(Attention):
         v = heads * self.v_head_dim
         yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, v), role="matrix", init="residual")
 
-    def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
+    def build(self, *, hidden_size: int, norm_eps: float, window: int | None, sinks: bool):
         from nmoe.model import mla
 
         return mla.Mla(
             hidden_size=hidden_size, num_heads=self.num_heads, q_lora_rank=self.q_lora_rank,
             kv_lora_rank=self.kv_lora_rank, qk_nope_head_dim=self.qk_nope_head_dim,
             qk_rope_head_dim=self.qk_rope_head_dim, v_head_dim=self.v_head_dim,
-            rope_theta=self.rope_theta, norm_eps=norm_eps, window=window,
+            rope_theta=self.rope_theta, norm_eps=norm_eps, window=window, sinks=sinks,
         )
 
 
@@ -157,12 +158,12 @@ class Gqa(Attention):
         yield Parameter(name=f"{prefix}.v_proj.weight", shape=(kv, hidden_size), role="matrix")
         yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, q), role="matrix", init="residual")
 
-    def build(self, *, hidden_size: int, norm_eps: float, window: int | None):
+    def build(self, *, hidden_size: int, norm_eps: float, window: int | None, sinks: bool):
         from nmoe.model import gqa
 
         return gqa.Gqa(
             hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim, rope_theta=self.rope_theta, window=window,
+            head_dim=self.head_dim, rope_theta=self.rope_theta, window=window, sinks=sinks,
         )
 
 
@@ -174,6 +175,7 @@ class LocalMla(Mla):
 
     window: int = key("tokens that a local layer attends to, itself included", minimum=1, unit="tokens")
     global_every: int = key("a layer is global if (index + 1) is a multiple of this, or it is the last", minimum=2)
+    sinks: bool = key("a learnt score for each head that takes part in the softmax and has no value", default=False)
     local: None = attrs.field(default=None, init=False, metadata={"hidden": True})
 
     def check(self, config, path: str) -> Iterator[Problem]:
@@ -189,6 +191,7 @@ class LocalGqa(Gqa):
 
     window: int = key("tokens that a local layer attends to, itself included", minimum=1, unit="tokens")
     global_every: int = key("a layer is global if (index + 1) is a multiple of this, or it is the last", minimum=2)
+    sinks: bool = key("a learnt score for each head that takes part in the softmax and has no value", default=False)
     local: None = attrs.field(default=None, init=False, metadata={"hidden": True})
 
     def check(self, config, path: str) -> Iterator[Problem]:

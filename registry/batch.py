@@ -13,6 +13,7 @@ class Batch(Component):
     sequence_length: int = key("tokens of a sequence", minimum=1, maximum=2**24, unit="tokens")
     sequences: int = key("sequences of a step, over all ranks", minimum=1, maximum=2**24)
     microbatch: int = key("sequences of a microbatch, the unit of arithmetic", minimum=1, maximum=2**24)
+    document_mask: bool = key("attention stays within a document, in training and in evaluation", default=False)
 
     @property
     def tokens_per_step(self) -> int:

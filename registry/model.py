@@ -83,6 +83,11 @@ class Model(Component):
         local = self.attention.local
         return None if local is None or self.is_global(layer) else local.window
 
+    def sinks_of(self, layer: int) -> bool:
+        """Whether a layer's heads have sinks."""
+        local = self.attention.local
+        return local is not None and local.sinks and not self.is_global(layer)
+
     def check(self, config, path: str) -> Iterator[Problem]:
         if config.platform.target != "cpu" and self.dtype == "fp32":
             yield Problem(
@@ -104,7 +109,10 @@ class Model(Component):
             prefix = f"layers.{layer}"
             norm = (self.hidden_size,)
             yield Parameter(name=f"{prefix}.attention_norm.weight_D", shape=norm, role="norm", init="ones")
-            yield from self.attention_of(layer).parameters(f"{prefix}.attention", self.hidden_size)
+            attention = self.attention_of(layer)
+            yield from attention.parameters(f"{prefix}.attention", self.hidden_size)
+            if self.sinks_of(layer):
+                yield Parameter(name=f"{prefix}.attention.sink_H", shape=(attention.num_heads,), role="norm")
             yield Parameter(name=f"{prefix}.ffn_norm.weight_D", shape=norm, role="norm", init="ones")
             if layer < self.num_dense_layers:
                 assert self.mlp is not None
@@ -125,7 +133,8 @@ class Model(Component):
         blocks = []
         for layer in range(self.num_layers):
             attention = self.attention_of(layer).build(
-                hidden_size=self.hidden_size, norm_eps=self.norm_eps, window=self.window_of(layer)
+                hidden_size=self.hidden_size, norm_eps=self.norm_eps, window=self.window_of(layer),
+                sinks=self.sinks_of(layer),
             )
             if layer < self.num_dense_layers:
                 name, ffn = "mlp", self.mlp.build(self.hidden_size)

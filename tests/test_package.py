@@ -51,7 +51,8 @@ def test_the_wheel_is_the_tree(wheel):
         for path in folder.rglob("*"):
             name = f"{prefix}/{path.relative_to(folder)}"
             is_linked = prefix == "nmoe" and path.relative_to(folder).parts[0] in ("registry", "kernels")
-            if path.is_file() and not is_linked and path.suffix in (".py", ".xz", ".json", ".md") and path.name != "NOTES.md":
+            is_packed = path.suffix in (".py", ".xz", ".json", ".md") and path.name != "NOTES.md"
+            if path.is_file() and not is_linked and is_packed:
                 expected[name] = path.read_bytes()
     assert packed.keys() == expected.keys()
     assert all(packed[name] == content for name, content in expected.items())

@@ -47,10 +47,16 @@ def require_text(windows: HeldoutWindows) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, windows: HeldoutWindows, *, sequences: int, on_batch: Callable[[int, int], None] | None = None
+    model: Transformer,
+    windows: HeldoutWindows,
+    *,
+    sequences: int,
+    document_mask: bool = False,
+    on_batch: Callable[[int, int], None] | None = None,
 ) -> BpbResult:
     """Score every held-out window, `sequences` at a time.
 
+    document_mask: attention stays within a document, as it did in training.
     on_batch(done, total) is called after each forward pass. The model is left in the mode it was in.
     windows: with at least one byte (`require_text`).
     """
@@ -62,7 +68,7 @@ def evaluate(
         for done, index in enumerate(calls(total, 0, 1), start=1):
             assert index is not None
             batch = windows.batch(index * sequences, sequences)
-            h_TD = model(batch.input_ids_BS)
+            h_TD = model(batch.input_ids_BS, batch.document_ids_BS if document_mask else None)
             losses_T = token_losses(
                 h_TD, model.head.weight_VD, batch.targets_BS.reshape(-1), chunk_tokens=CHUNK_TOKENS
             )

@@ -26,9 +26,9 @@ class Block(torch.nn.Module):
         self.ffn_norm = RmsNorm(hidden_size, norm_eps)
         self.mlp, self.moe = mlp, moe
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """x_BSD: (B, S, D), the residual stream; the same shape and dtype."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD))
+    def forward(self, x_BSD: Tensor, first_BS: Tensor | None = None) -> Tensor:
+        """x_BSD: (B, S, D), the residual stream; the same shape and dtype. first_BS: each query's first key."""
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), first_BS)
         ffn = self.mlp if self.mlp is not None else self.moe
         assert ffn is not None
         return x_BSD + ffn(self.ffn_norm(x_BSD).flatten(0, 1)).view(x_BSD.shape)

@@ -20,7 +20,7 @@ from nmoe.model.rope import rotate_interleaved
 
 
 class Mla(torch.nn.Module):
-    """window: tokens that a query meets, itself included; None is all before it."""
+    """window: tokens that a query meets, itself included; None is all before it. sinks: a learnt one for each head."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class Mla(torch.nn.Module):
         rope_theta: float,
         norm_eps: float,
         window: int | None,
+        sinks: bool,
     ) -> None:
         super().__init__()
         self.num_heads, self.rope_theta, self.window = num_heads, rope_theta, window
@@ -53,9 +54,10 @@ class Mla(torch.nn.Module):
         self.kv_a_norm = RmsNorm(kv_lora_rank, norm_eps)
         self.kv_b_proj = Linear(kv_lora_rank, num_heads * (qk_nope_head_dim + v_head_dim))
         self.o_proj = Linear(num_heads * v_head_dim, hidden_size)
+        self.sink_H = torch.nn.Parameter(torch.empty(num_heads)) if sinks else None
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """x_BSD: (B, S, D); the same shape and dtype."""
+    def forward(self, x_BSD: Tensor, first_BS: Tensor | None = None) -> Tensor:
+        """x_BSD: (B, S, D); the same shape and dtype. first_BS: as in `attend`."""
         heads = (self.num_heads, -1)
         if self.compressed_queries:
             q_BSX = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
@@ -69,7 +71,7 @@ class Mla(torch.nn.Module):
         k_rope_BSHR = rotate_interleaved(k_rope_BSR[:, :, None], self.rope_theta).expand(q_rope_BSHR.shape)
         q_BHSQ = by_head(q_nope_BSHQ, q_rope_BSHR)
         k_BHSQ = by_head(k_nope_BSHQ, k_rope_BSHR)
-        y_BHSV = attend(q_BHSQ, k_BHSQ, by_head(v_BSHV), self.window)
+        y_BHSV = attend(q_BHSQ, k_BHSQ, by_head(v_BSHV), self.window, first_BS, self.sink_H)
         y: Tensor = self.o_proj(y_BHSV.transpose(1, 2).flatten(2))
         return y
 

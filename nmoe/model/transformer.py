@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from nmoe.model.attention import document_starts
 from nmoe.model.block import Block
 from nmoe.model.linear import Embedding, Head
 from nmoe.model.norm import RmsNorm
@@ -29,10 +30,15 @@ class Transformer(torch.nn.Module):
             parameter.data = parameter.data.to(dtype)
             parameter.grad_dtype = torch.float32
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        """input_ids_BS: (B, S) int64, 0 <= id < vocab_size. Returns h_TD: (B*S, D) after the final norm."""
+    def forward(self, input_ids_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
+        """input_ids_BS: (B, S) int64, 0 <= id < vocab_size. Returns h_TD: (B*S, D) after the final norm.
+
+        document_ids_BS: (B, S) int64 that never falls along a row: attention then stays within tokens of equal
+        id. Positions go on counting through the row; rotary attention sees only their differences.
+        """
+        first_BS = None if document_ids_BS is None else document_starts(document_ids_BS)
         x_BSD = self.embedding(input_ids_BS)
         for layer in self.layers:
-            x_BSD = layer(x_BSD)
+            x_BSD = layer(x_BSD, first_BS)
         h_BSD: Tensor = self.norm(x_BSD)
         return h_BSD.flatten(0, 1)

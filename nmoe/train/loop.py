@@ -285,6 +285,7 @@ class Attempt:
             self.graph.model,
             self.windows,
             sequences=spec.sequences,
+            document_mask=self.graph.document_mask,
             on_batch=lambda done, total: self.progress.transient(f"held-out text: {done}/{total}"),
         )
         seconds = time.perf_counter() - started

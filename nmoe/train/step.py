@@ -61,12 +61,11 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     share = torch.tensor(1.0 / graph.tokens_per_step)
     losses = []
     forward_seconds = 0.0
-    for input_ids_BS, targets_BS in zip(
-        batch.input_ids_BS.split(graph.microbatch), batch.targets_BS.split(graph.microbatch), strict=True
-    ):
+    tensors = (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
+    for input_ids_BS, targets_BS, document_ids_BS in zip(*(t.split(graph.microbatch) for t in tensors), strict=True):
         before = time.perf_counter()
         observe(step, "forward")
-        h_TD = graph.model(input_ids_BS)
+        h_TD = graph.model(input_ids_BS, document_ids_BS if graph.document_mask else None)
         loss_sum = linear_cross_entropy(
             h_TD, graph.model.head.weight_VD, targets_BS.reshape(-1), chunk_tokens=LOSS_CHUNK_TOKENS
         )

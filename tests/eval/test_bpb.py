@@ -1,5 +1,6 @@
 """Held-out bits per byte against the definition: each byte once, plain cross-entropy in float64."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -44,10 +45,11 @@ def windows(texts=TEXTS, **kept) -> HeldoutWindows:
     return HeldoutWindows(MemorySource(texts, BytesTokenizer()), sequence_length=LENGTH, **kept)
 
 
-def by_hand(model, texts, context: int = 0) -> tuple[float, int]:
+def by_hand(model, texts, context: int = 0, *, documents_apart: bool = False) -> tuple[float, int]:
     """(nats over all targets, targets): each target scored once, from its own window, cut out of the text here.
 
-    Windows after the first one see `context` tokens that the one before has scored.
+    Windows after the first one see `context` tokens that the one before has scored. documents_apart: a window's
+    documents are given to the model one by one.
     """
     stream = [token for text in texts for token in (256, *text.encode())]
     nats = 0.0
@@ -57,9 +59,12 @@ def by_hand(model, texts, context: int = 0) -> tuple[float, int]:
         for start in range(0, len(stream) - 1, LENGTH - context):
             if scored == len(stream) - 1:
                 break
-            inputs = torch.tensor([stream[start : min(start + LENGTH, len(stream) - 1)]])
+            inputs = stream[start : min(start + LENGTH, len(stream) - 1)]
+            opens = [index for index, token in enumerate(inputs) if token == 256 and documents_apart]
+            cuts = [0, *(index for index in opens if index), len(inputs)]
+            h_TD = torch.cat([model(torch.tensor([inputs[a:b]])) for a, b in itertools.pairwise(cuts)])
             targets = torch.tensor(stream[start + 1 : start + LENGTH + 1])
-            logits = model(inputs).double() @ model.head.weight_VD.double().T
+            logits = h_TD.double() @ model.head.weight_VD.double().T
             losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
             nats += losses[scored - start :].sum().item()
             scored = start + len(targets)
@@ -76,6 +81,13 @@ def test_it_is_the_definition(graph, sequences, context):
     assert result.num_tokens == targets
     assert result.bits_per_byte == pytest.approx(nats / math.log(2) / BYTES, rel=TOLERANCE)
     assert result.loss == pytest.approx(nats / targets, rel=TOLERANCE)
+
+
+def test_with_the_mask_documents_are_scored_apart(graph):
+    result = bpb.evaluate(graph.model, windows(context=5), sequences=3, document_mask=True)
+    nats, _ = by_hand(graph.model, TEXTS, 5, documents_apart=True)
+    assert result.bits_per_byte == pytest.approx(nats / math.log(2) / BYTES, rel=TOLERANCE)
+    assert result.bits_per_byte != pytest.approx(by_hand(graph.model, TEXTS, 5)[0] / math.log(2) / BYTES, rel=1e-4)
 
 
 def test_a_uniform_model_has_the_entropy_of_its_vocabulary(graph):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nmoe.model.attention import attend, blocks
+from nmoe.model.attention import attend, blocks, document_starts
 
 # float32: a softmax over some hundred scores and two products lose a few of 2^-24.
 # bfloat16: inputs are exact, only outputs and gradients are rounded, 2^-9 each.
@@ -86,3 +86,82 @@ def test_a_window_s_work_grows_with_the_length_times_the_window():
     }
     assert pairs[4096] <= 4096 * (100 + 64 + 16)
     assert pairs[8192] <= 2.1 * pairs[4096]
+
+
+def with_extras(length, dtype, heads=3, batch=2):
+    """Documents of uneven lengths, one of a single token, others in each row; sinks from far below to above scores."""
+    generator = torch.Generator().manual_seed(length)
+    opens_BS = torch.rand(batch, length, generator=generator) < 0.07
+    opens_BS[0, length // 2 : length // 2 + 2] = True
+    return opens_BS.long().cumsum(1), torch.linspace(-30.0, 9.0, heads).to(dtype)
+
+
+def reference_with_extras(q, k, v, dy, window, document_ids_BS, sink_H):
+    """The whole square in float64, with a key of value 0 for the sink."""
+    leaves = [t.double().requires_grad_() for t in (q, k, v, sink_H)]
+    length = q.shape[2]
+    score = leaves[0] @ leaves[1].transpose(2, 3) / q.shape[3] ** 0.5
+    position = torch.arange(length)
+    ahead = position[None] - position[:, None]
+    allowed = (ahead <= 0) & (ahead > -(window or length))
+    allowed = allowed[None, None] & (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :])
+    sink = leaves[3][None, :, None, None].expand(*score.shape[:3], 1)
+    p = torch.cat([score.masked_fill(~allowed, -torch.inf), sink], dim=3).softmax(dim=3)[..., :-1]
+    y = p @ leaves[2]
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy.double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("length", "window"), [(200, None), (200, 16), (65, 5), (1, None), (128, 70)])
+def test_documents_and_sinks_against_the_whole_square(length, window, dtype):
+    given = tensors(length, dtype, heads=9)  # two groups of heads, cut within a sequence
+    document_ids_BS, sink_H = with_extras(length, dtype, heads=9)
+    leaves = [t.detach().requires_grad_() for t in (*given[:3], sink_H)]
+    y = attend(*leaves[:3], window, document_starts(document_ids_BS), leaves[3])
+    leaves[3].grad_dtype = torch.float32
+    y.backward(given[3])
+    found = (y.detach(), *(leaf.grad for leaf in leaves))
+    wanted = reference_with_extras(*given, window, document_ids_BS, sink_H)
+    for what, got, want in zip(("y", "dq", "dk", "dv", "dsink"), found, wanted, strict=True):
+        error = (got.double() - want).abs().max() / want.abs().max().clamp_min(1e-3)
+        assert error < TOLERANCE[dtype], f"{what}: {error:.2e}"
+
+
+def test_sinks_against_gpt_oss():
+    """transformers' eager attention of GPT-OSS, with its window mask: outputs and every gradient."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
+
+    length, window, heads = 70, 9, 4
+    q, k, v, dy = tensors(length, torch.float32, heads=heads, widths=(16, 16))
+    sinks = torch.tensor([-1.0, 0.5, 2.0, 4.0])
+    ahead = torch.arange(length)[None] - torch.arange(length)[:, None]
+    hidden = torch.zeros(1, 1, length, length).masked_fill_((ahead > 0) | (ahead <= -window), -torch.inf)
+    results = []
+    for ours in (True, False):
+        leaves = [t.detach().clone().requires_grad_() for t in (q, k, v, sinks)]
+        if ours:
+            y = attend(*leaves[:3], window, None, leaves[3])
+        else:
+            module = torch.nn.Module()
+            module.num_key_value_groups, module.sinks = 1, leaves[3]
+            y, _ = eager_attention_forward(module, *leaves[:3], hidden, scaling=16**-0.5)
+            y = y.transpose(1, 2)
+        results.append((y.detach(), *torch.autograd.grad(y, leaves, dy)))
+    for got, want in zip(*results, strict=True):
+        assert (got - want).abs().max() <= 2e-6 * want.abs().max()
+
+
+def test_a_document_is_as_if_alone():
+    """With the mask, each document's rows and gradients are those of a sequence of its own."""
+    given = tensors(150, torch.float32, batch=1)
+    document_ids_BS = torch.cat([torch.full((n,), i) for i, n in enumerate((40, 1, 70, 39))])[None]
+    leaves = [t.detach().requires_grad_() for t in given[:3]]
+    y = attend(*leaves, 30, document_starts(document_ids_BS))
+    together = (y.detach(), *torch.autograd.grad(y, leaves, given[3]))
+    start = 0
+    for length in (40, 1, 70, 39):
+        part = slice(start, start + length)
+        alone = run(*(t[:, :, part] for t in given), 30)
+        for got, want in zip(together, alone, strict=True):
+            assert (got[:, :, part] - want).abs().max() <= 3e-6 * want.abs().max()
+        start += length
