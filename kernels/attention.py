@@ -71,9 +71,10 @@ def _require(q_BHSQ: Tensor, k_BGSQ: Tensor, v_BGSV: Tensor, window: int | None)
     """The kernels' demands, by name, before anything is launched."""
     place = "attention kernels"
     for name, t in (("q_BHSQ", q_BHSQ), ("k_BGSQ", k_BGSQ), ("v_BGSV", v_BGSV)):
-        if t.dtype != torch.bfloat16 or t.stride(3) != 1 or any(t.stride(a) % 8 for a in range(3)):
-            raise fail("N0712", f"`{name}` must be bf16 with a contiguous last axis and other strides in multiples "
-                       f"of 8, found {t.dtype} with strides {t.stride()}", place=place)  # fmt: skip
+        aligned = t.stride(3) == 1 and not any(t.stride(a) % 8 for a in range(3)) and t.data_ptr() % 16 == 0
+        if t.dtype != torch.bfloat16 or not aligned:
+            raise fail("N0712", f"`{name}` must be bf16 with a contiguous last axis, other strides in multiples of 8 "
+                       f"and an address of 16 bytes, found {t.dtype} with strides {t.stride()}", place=place)  # fmt: skip
     Q, V = q_BHSQ.shape[3], v_BGSV.shape[3]
     if Q not in (64, 96, 128, 192) or V not in (64, 96, 128):
         raise fail("N0713", f"head sizes {Q} and {V} have no kernel", place=place,

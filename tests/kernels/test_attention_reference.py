@@ -84,6 +84,7 @@ def test_gradient_formulas_of_the_kernels_agree_with_autograd() -> None:
     [
         ("N0712", {"dtype": torch.float32}),
         ("N0712", {"stride": True}),
+        ("N0712", {"offset": 4}),
         ("N0713", {"Q": 80}),
         ("N0713", {"G": 3}),
         ("N0713", {"window": 0}),
@@ -95,5 +96,7 @@ def test_what_the_kernels_cannot_take_is_refused_by_name(code: str, change: dict
     k, v = torch.zeros(1, G, 16, Q, dtype=dtype), torch.zeros(1, G, 16, 64, dtype=dtype)
     if "stride" in change:
         v = torch.zeros(1, G, 64, 16, dtype=dtype).transpose(2, 3)
+    if "offset" in change:
+        k = torch.zeros(1, G, 16, Q + 8, dtype=dtype)[..., 4 : Q + 4]
     with pytest.raises(RunError, match=code):
         attention_forward(q, k, v, window=change.get("window"))
