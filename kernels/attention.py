@@ -74,7 +74,7 @@ def _require(q_BHSQ: Tensor, k_BGSQ: Tensor, v_BGSV: Tensor, window: int | None)
         aligned = t.stride(3) == 1 and not any(t.stride(a) % 8 for a in range(3)) and t.data_ptr() % 16 == 0
         if t.dtype != torch.bfloat16 or not aligned:
             raise fail("N0712", f"`{name}` must be bf16 with a contiguous last axis, other strides in multiples of 8 "
-                       f"and an address of 16 bytes, found {t.dtype} with strides {t.stride()}", place=place)  # fmt: skip
+                       f"and a 16-byte address, found {t.dtype} with strides {t.stride()}", place=place)  # fmt: skip
     Q, V = q_BHSQ.shape[3], v_BGSV.shape[3]
     if Q not in (64, 96, 128, 192) or V not in (64, 96, 128):
         raise fail("N0713", f"head sizes {Q} and {V} have no kernel", place=place,
