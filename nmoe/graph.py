@@ -13,7 +13,7 @@ from nmoe.data.loader import Loader
 from nmoe.errors import fail
 from nmoe.model.block import Block
 from nmoe.model.init import initialize
-from nmoe.model.router import SigmoidRouter
+from nmoe.model.router import Router
 from nmoe.model.transformer import Transformer
 from nmoe.optim.groups import Optimizer
 from nmoe.optim.rounding import Rounding
@@ -41,7 +41,7 @@ class TrainingGraph:
     document_mask: bool
     tokens_per_step: int
 
-    def routers(self) -> Iterator[tuple[int, SigmoidRouter]]:
+    def routers(self) -> Iterator[tuple[int, Router]]:
         """(layer, router) of every MoE layer, first layer first."""
         for index, block in enumerate(self.model.layers):
             assert isinstance(block, Block)
@@ -55,7 +55,8 @@ class TrainingGraph:
         """
         tensors = self.optimizer.state()
         for layer, router in self.routers():
-            tensors[f"router.bias/layers.{layer}"] = router.bias_E
+            if router.bias_E is not None:
+                tensors[f"router.bias/layers.{layer}"] = router.bias_E
         return tensors
 
     def refresh(self) -> None:

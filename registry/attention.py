@@ -136,6 +136,7 @@ class Gqa(Attention):
         "key and value heads, each shared by num_heads / num_kv_heads query heads", minimum=1, maximum=4096
     )
     head_dim: int = key("width of a head", minimum=2, maximum=2**16)
+    qk_norm: bool = key("RMSNorm of each head's query and key before they turn", default=False)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         yield from divisible(f"{path}.head_dim", self.head_dim, "head_dim", 2, "the rotary pair")
@@ -148,14 +149,18 @@ class Gqa(Attention):
 
     @property
     def saved_width(self) -> int:
-        """Elements of one token kept for backward: queries, keys, values and the output."""
-        return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        """Elements of one token kept for backward: queries, keys, values, the output, and what norms read."""
+        normed = self.num_heads + self.num_kv_heads if self.qk_norm else 0
+        return (2 * (self.num_heads + self.num_kv_heads) + normed) * self.head_dim
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         yield Parameter(name=f"{prefix}.q_proj.weight", shape=(q, hidden_size), role="matrix")
         yield Parameter(name=f"{prefix}.k_proj.weight", shape=(kv, hidden_size), role="matrix")
         yield Parameter(name=f"{prefix}.v_proj.weight", shape=(kv, hidden_size), role="matrix")
+        if self.qk_norm:
+            for which in ("q_norm", "k_norm"):
+                yield Parameter(name=f"{prefix}.{which}.weight_D", shape=(self.head_dim,), role="norm", init="ones")
         yield Parameter(name=f"{prefix}.o_proj.weight", shape=(hidden_size, q), role="matrix", init="residual")
 
     def build(self, *, hidden_size: int, norm_eps: float, window: int | None, sinks: bool):
@@ -163,7 +168,8 @@ class Gqa(Attention):
 
         return gqa.Gqa(
             hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim, rope_theta=self.rope_theta, window=window, sinks=sinks,
+            head_dim=self.head_dim, qk_norm=self.qk_norm, rope_theta=self.rope_theta, norm_eps=norm_eps,
+            window=window, sinks=sinks,
         )
 
 

@@ -110,9 +110,9 @@ class Model(Component):
             norm = (self.hidden_size,)
             yield Parameter(name=f"{prefix}.attention_norm.weight_D", shape=norm, role="norm", init="ones")
             attention = self.attention_of(layer)
-            yield from attention.parameters(f"{prefix}.attention", self.hidden_size)
             if self.sinks_of(layer):
                 yield Parameter(name=f"{prefix}.attention.sink_H", shape=(attention.num_heads,), role="norm")
+            yield from attention.parameters(f"{prefix}.attention", self.hidden_size)
             yield Parameter(name=f"{prefix}.ffn_norm.weight_D", shape=norm, role="norm", init="ones")
             if layer < self.num_dense_layers:
                 assert self.mlp is not None

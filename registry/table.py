@@ -32,7 +32,7 @@ TABLE: dict[str, dict[str | None, type[Component]]] = {
     "model.attention.local": {None: attention.LocalWindow, "mla": attention.LocalMla, "gqa": attention.LocalGqa},
     "model.mlp": {None: model.Mlp},
     "model.moe": {None: moe.Moe},
-    "model.moe.router": {"sigmoid": router.SigmoidRouter},
+    "model.moe.router": {"sigmoid": router.SigmoidRouter, "softmax": router.SoftmaxRouter},
     "model.moe.experts": {
         "bf16": experts.Bf16Experts,
         "fp8": experts.Fp8Experts,

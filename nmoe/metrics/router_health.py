@@ -7,9 +7,9 @@ With n_e the pairs that expert e of E got in the step and p_e = n_e / sum of n:
     load_max, load_min                    over the mean load, so 1 is even
     dead       experts with n_e = 0
 
-and of the selection biases b_e their smallest, largest and the range between. The load is the one
-over all microbatches and ranks: the entropy of the mean load, not a mean of entropies. All in
-float64, on the host; read the counts before the router's bias update clears them.
+and of the selection biases b_e, where a router has them, their smallest, largest and the range
+between. The load is the one over all microbatches and ranks: the entropy of the mean load, not a
+mean of entropies. All in float64, on the host; read the counts before the router's `end_step` clears them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,27 +22,26 @@ from nmoe.errors import fail
 
 @attrs.frozen(kw_only=True)
 class Health:
-    """One layer's figures of one step; see the module for each."""
+    """One layer's figures of one step; see the module for each. bias: smallest and largest, if any."""
 
     entropy: float
     load_cv: float
     load_max: float
     load_min: float
     dead_experts: int
-    bias_min: float
-    bias_max: float
+    bias: tuple[float, float] | None
 
     @property
-    def bias_range(self) -> float:
-        return self.bias_max - self.bias_min
+    def bias_range(self) -> float | None:
+        return None if self.bias is None else self.bias[1] - self.bias[0]
 
 
 Row = tuple[str, int | None, int | None, float]
 """A row of the ledger: (name, layer, expert, value)."""
 
 
-def health(load_E: torch.Tensor, bias_E: torch.Tensor) -> Health:
-    """Figures of one layer. load_E: int64 counts of a step. bias_E: selection biases.
+def health(load_E: torch.Tensor, bias_E: torch.Tensor | None) -> Health:
+    """Figures of one layer. load_E: int64 counts of a step. bias_E: selection biases, if any.
 
     RunError N0406 if nothing was routed: the counts were read in evaluation or after they were cleared.
     """
@@ -53,7 +52,7 @@ def health(load_E: torch.Tensor, bias_E: torch.Tensor) -> Health:
             "N0406",
             "a router has counted no tokens in the step",
             place=f"{load.numel()} experts",
-            help="read load_E after a training forward and before update_bias",
+            help="read load_E after a training forward and before end_step",
         )
     share = load / total
     mean = total / load.numel()
@@ -65,8 +64,7 @@ def health(load_E: torch.Tensor, bias_E: torch.Tensor) -> Health:
         load_max=float(load.max() / mean),
         load_min=float(load.min() / mean),
         dead_experts=int((load == 0).sum()),
-        bias_min=float(bias_E.min()),
-        bias_max=float(bias_E.max()),
+        bias=None if bias_E is None else (float(bias_E.min()), float(bias_E.max())),
     )
 
 
@@ -78,9 +76,10 @@ def rows(layers: Mapping[int, Health]) -> Iterator[Row]:
         yield "router/load_max", layer, None, one.load_max
         yield "router/load_min", layer, None, one.load_min
         yield "router/dead_experts", layer, None, float(one.dead_experts)
-        yield "router/bias_min", layer, None, one.bias_min
-        yield "router/bias_max", layer, None, one.bias_max
-        yield "router/bias_range", layer, None, one.bias_range
+        if one.bias is not None and one.bias_range is not None:
+            yield "router/bias_min", layer, None, one.bias[0]
+            yield "router/bias_max", layer, None, one.bias[1]
+            yield "router/bias_range", layer, None, one.bias_range
     every = list(layers.values())
     if every:
         yield "router/mean_entropy", None, None, sum(one.entropy for one in every) / len(every)
@@ -89,7 +88,9 @@ def rows(layers: Mapping[int, Health]) -> Iterator[Row]:
         yield "router/max_load", None, None, max(one.load_max for one in every)
         yield "router/min_load", None, None, min(one.load_min for one in every)
         yield "router/total_dead_experts", None, None, float(sum(one.dead_experts for one in every))
-        yield "router/max_bias_range", None, None, max(one.bias_range for one in every)
+    ranges = [one.bias_range for one in every if one.bias_range is not None]
+    if ranges:
+        yield "router/max_bias_range", None, None, max(ranges)
 
 
 def expert_rows(layer: int, load_E: torch.Tensor) -> Iterator[Row]:

@@ -1,5 +1,9 @@
 """Grouped-query attention (Ainslie et al., arXiv 2305.13245): query heads share keys and values.
 
+With qk_norm each head's query and key is normed before it turns (Qwen3, arXiv 2505.09388, section 2):
+
+    q_h = rope(norm(W_q x)_h)     k_g = rope(norm(W_k x)_g)     v_g = (W_v x)_g
+
 Rotary positions on the whole head, pairs by halves, as in Llama, Qwen and Mixtral. num_kv_heads =
 num_heads is full multi-head attention.
 """
@@ -9,6 +13,7 @@ from torch import Tensor
 
 from nmoe.model.attention import attend
 from nmoe.model.linear import Linear
+from nmoe.model.norm import RmsNorm
 from nmoe.model.rope import rotate_halves
 
 
@@ -22,7 +27,9 @@ class Gqa(torch.nn.Module):
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        qk_norm: bool,
         rope_theta: float,
+        norm_eps: float,
         window: int | None,
         sinks: bool,
     ) -> None:
@@ -31,14 +38,18 @@ class Gqa(torch.nn.Module):
         self.q_proj = Linear(hidden_size, num_heads * head_dim)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.q_norm = RmsNorm(head_dim, norm_eps) if qk_norm else None
+        self.k_norm = RmsNorm(head_dim, norm_eps) if qk_norm else None
         self.o_proj = Linear(num_heads * head_dim, hidden_size)
         self.sink_H = torch.nn.Parameter(torch.empty(num_heads)) if sinks else None
 
     def forward(self, x_BSD: Tensor, first_BS: Tensor | None = None) -> Tensor:
         """x_BSD: (B, S, D); the same shape and dtype. first_BS: as in `attend`."""
         heads = (-1, self.head_dim)
-        q_BSHQ = rotate_halves(self.q_proj(x_BSD).unflatten(-1, heads), self.rope_theta)
-        k_BSGQ = rotate_halves(self.k_proj(x_BSD).unflatten(-1, heads), self.rope_theta)
+        q_BSHQ, k_BSGQ = self.q_proj(x_BSD).unflatten(-1, heads), self.k_proj(x_BSD).unflatten(-1, heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHQ, k_BSGQ = self.q_norm(q_BSHQ), self.k_norm(k_BSGQ)
+        q_BSHQ, k_BSGQ = rotate_halves(q_BSHQ, self.rope_theta), rotate_halves(k_BSGQ, self.rope_theta)
         v_BSGQ = self.v_proj(x_BSD).unflatten(-1, heads)
         shared = q_BSHQ.shape[2] // k_BSGQ.shape[2]
         k_BHSQ, v_BHSQ = (x.transpose(1, 2).repeat_interleave(shared, dim=1) for x in (k_BSGQ, v_BSGQ))

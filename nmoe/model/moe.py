@@ -5,7 +5,7 @@ from torch import Tensor
 
 from nmoe.experts.grouped import GroupedExperts
 from nmoe.model.mlp import DenseMlp
-from nmoe.model.router import SigmoidRouter
+from nmoe.model.router import Router
 from nmoe.rdep.transport import Transport
 
 
@@ -13,7 +13,7 @@ class MoE(torch.nn.Module):
     """router, experts, and shared (None without shared experts); the transport is not a module."""
 
     def __init__(
-        self, *, router: SigmoidRouter, experts: GroupedExperts, shared: DenseMlp | None, transport: Transport
+        self, *, router: Router, experts: GroupedExperts, shared: DenseMlp | None, transport: Transport
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared

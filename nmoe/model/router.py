@@ -1,12 +1,27 @@
 """Which experts a token uses, and with which weights.
 
-    s = sigmoid(W x)                            float32
-    i_1 ... i_K = the K largest of s + b        ties go to the lower expert
+Scores are float32, the K largest are chosen, and ties go to the lower expert.
+
+Sigmoid (DeepSeek-V3, arXiv 2412.19437, section 2.1.2):
+
+    s = sigmoid(W x)
+    i_1 ... i_K = the K largest of s + b
     w_k = route_scale * s[i_k] / (sum over j of s[i_j] + 1e-20)
 
-The bias b takes part in the selection only (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), so it
-has no gradient: it is state. Training forwards count the pairs each expert got; after the step
-`update_bias` moves each bias by a fixed amount towards the mean load and forgets the counts.
+The bias b takes part in the selection only, so it has no gradient: it is state. With G groups of
+neighbouring experts only those of the best M groups can be chosen (section 2.1.2 as well); a group
+counts as much as its two largest s + b together.
+
+Softmax (Qwen3, arXiv 2505.09388; Mixtral, arXiv 2401.04088):
+
+    s = softmax(W x) over all experts
+    i_1 ... i_K = the K largest of s
+    w_k = s[i_k], divided by the sum over the chosen if they are renormalised
+
+Renormalised, that is the softmax over the chosen scores alone, which is how Mixtral's paper has it.
+
+Training forwards count the pairs each expert got. `end_step` moves each bias by a fixed amount
+towards the mean load, where there is one, and forgets the counts.
 """
 
 import torch
@@ -15,40 +30,104 @@ from torch import Tensor
 from nmoe.model.linear import linear
 
 
-class SigmoidRouter(torch.nn.Module):
-    """weight_ED: (E, D). bias_E: (E,) float32, state. load_E: (E,) int64, pairs since the last update."""
+class Router(torch.nn.Module):
+    """What every kind has.
 
-    bias_E: Tensor
+    weight_ED: (E, D). bias_E: (E,) float32, state; None where the kind has no selection bias. load_E: (E,) int64,
+    pairs since the last `end_step`.
+    """
+
+    bias_E: Tensor | None
     load_E: Tensor
 
-    def __init__(
-        self, *, hidden_size: int, num_experts: int, top_k: int, route_scale: float, bias_update_rate: float
-    ) -> None:
+    def __init__(self, *, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
-        self.top_k, self.route_scale, self.bias_update_rate = top_k, route_scale, bias_update_rate
+        self.top_k = top_k
         self.weight_ED = torch.nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.register_buffer("bias_E", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("bias_E", None)
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """x_TD: (T, D). Returns indices_TK int64, by falling s + b, and weights_TK float32.
+        """x_TD: (T, D). Returns indices_TK int64, the best first, and weights_TK float32.
 
         In training mode load_E grows by each expert's pairs.
         """
-        score_TE = torch.sigmoid(linear(x_TD, self.weight_ED, torch.float32))
-        indices_TK = select(score_TE.detach() + self.bias_E, self.top_k)
-        chosen_TK = score_TE.gather(1, indices_TK)
-        weights_TK = chosen_TK * (self.route_scale / (chosen_TK.sum(dim=1, keepdim=True) + 1e-20))
+        raise NotImplementedError
+
+    def count(self, indices_TK: Tensor) -> None:
         if self.training:
             self.load_E += torch.bincount(indices_TK.view(-1), minlength=self.load_E.numel())
-        return indices_TK, weights_TK
 
     @torch.no_grad()
-    def update_bias(self) -> None:
+    def end_step(self) -> None:
+        """load = 0."""
+        self.load_E.zero_()
+
+
+class SoftmaxRouter(Router):
+    """renormalize: the chosen weights add up to 1."""
+
+    def __init__(self, *, hidden_size: int, num_experts: int, top_k: int, renormalize: bool) -> None:
+        super().__init__(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        self.renormalize = renormalize
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Router.forward`."""
+        score_TE = torch.softmax(linear(x_TD, self.weight_ED, torch.float32), dim=1)
+        indices_TK = select(score_TE.detach(), self.top_k)
+        weights_TK = score_TE.gather(1, indices_TK)
+        if self.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+        self.count(indices_TK)
+        return indices_TK, weights_TK
+
+
+class SigmoidRouter(Router):
+    """bias_update_rate: by which a bias moves after a step. num_groups, top_groups: G and M."""
+
+    bias_E: Tensor
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        num_groups: int,
+        top_groups: int,
+        route_scale: float,
+        bias_update_rate: float,
+    ) -> None:
+        super().__init__(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
+        self.num_groups, self.top_groups = num_groups, top_groups
+        self.route_scale, self.bias_update_rate = route_scale, bias_update_rate
+        self.bias_E = torch.zeros(num_experts, dtype=torch.float32)
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Router.forward`; the best are those of the largest s + b."""
+        score_TE = torch.sigmoid(linear(x_TD, self.weight_ED, torch.float32))
+        indices_TK = select(self.eligible(score_TE.detach() + self.bias_E), self.top_k)
+        chosen_TK = score_TE.gather(1, indices_TK)
+        weights_TK = chosen_TK * (self.route_scale / (chosen_TK.sum(dim=1, keepdim=True) + 1e-20))
+        self.count(indices_TK)
+        return indices_TK, weights_TK
+
+    def eligible(self, biased_TE: Tensor) -> Tensor:
+        """s + b, and -inf for the experts of groups that are not among the best."""
+        if self.top_groups == self.num_groups:
+            return biased_TE
+        biased_TGE = biased_TE.unflatten(1, (self.num_groups, -1))
+        best_TM = select(biased_TGE.topk(2, dim=2).values.sum(dim=2), self.top_groups)
+        hidden_TG = torch.ones(biased_TGE.shape[:2], dtype=torch.bool, device=biased_TE.device)
+        hidden_TG.scatter_(1, best_TM, False)
+        return biased_TGE.masked_fill(hidden_TG[:, :, None], -torch.inf).flatten(1)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
         """b += rate * sign(mean load - load), then load = 0. Exact: E * load is compared with the integer total."""
         short_E = self.load_E.sum() - self.load_E * self.load_E.numel()
         self.bias_E += self.bias_update_rate * torch.sign(short_E).to(torch.float32)
-        self.load_E.zero_()
+        super().end_step()
 
 
 def select(score_TE: Tensor, top_k: int) -> Tensor:

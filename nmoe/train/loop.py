@@ -250,7 +250,7 @@ class Attempt:
                     layer: router_health.health(router.load_E, router.bias_E) for layer, router in self.graph.routers()
                 }
                 for _, router in self.graph.routers():
-                    router.update_bias()
+                    router.end_step()
                 self.state.advance(tokens)
                 now = time.perf_counter()
                 self.throughput.step(tokens, now - started)

@@ -9,15 +9,17 @@ from nmoe.registry.attention import Gqa, LocalGqa, LocalMla, LocalWindow, Mla
 from nmoe.registry.experts import Bf16Experts, Fp32Experts
 from nmoe.registry.model import Mlp, Model
 from nmoe.registry.moe import Moe
-from nmoe.registry.router import SigmoidRouter
+from nmoe.registry.router import SigmoidRouter, SoftmaxRouter
 
 MLA = {"num_heads": 3, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 GQA = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 
 
-def spec(attention, *, dtype="fp32", dense=1, layers=3, shared=2, experts=8, top_k=2, moe=True):
+def spec(attention, *, dtype="fp32", dense=1, layers=3, shared=2, experts=8, top_k=2, moe=True, softmax=False):
     kind = {"fp32": Fp32Experts, "bf16": Bf16Experts}[dtype]
     router = SigmoidRouter(num_experts=experts, top_k=top_k, route_scale=1.5)
+    if softmax:
+        router = SoftmaxRouter(num_experts=experts, top_k=top_k)
     return Model(
         dtype=dtype,
         vocab_size=64,
@@ -37,6 +39,9 @@ SPECS = {
         Mla(q_lora_rank=20, local=LocalWindow(window=7, global_every=2), **MLA), layers=4
     ),
     "gqa": spec(Gqa(**GQA), dense=0, shared=0),
+    "gqa, normed, softmax": spec(
+        Gqa(qk_norm=True, local=LocalWindow(window=7, global_every=2, sinks=True), **GQA), softmax=True, shared=0
+    ),
     "gqa, local mla": spec(Gqa(local=LocalMla(q_lora_rank=None, window=9, global_every=3, **MLA), **GQA), layers=4),
     "mla, local gqa": spec(Mla(q_lora_rank=None, local=LocalGqa(window=5, global_every=2, **GQA), **MLA)),
     "dense": spec(Gqa(**GQA), moe=False),

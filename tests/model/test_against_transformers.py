@@ -7,6 +7,7 @@ which the short sequences here keep within the tolerance.
 import sys
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
@@ -33,7 +34,7 @@ def renamed(ours: str) -> str:
         ("moe.router.bias_E", "mlp.gate.e_score_correction_bias"),
         ("moe.experts.w_gate_up_E2FD", "mlp.experts.gate_up_proj"),
         ("moe.experts.w_down_EDF", "mlp.experts.down_proj"), ("moe.shared.", "mlp.shared_experts."),
-        ("w_down_DF", "down_proj.weight"),
+        ("w_down_DF", "down_proj.weight"), ("_norm.weight_D", "_norm.weight"),
     ):  # fmt: skip
         ours = ours.replace(old, new)
     return "model.norm.weight" if ours == "norm.weight" else ours
@@ -78,19 +79,52 @@ def compare(model, library):
             assert error < GRADIENTS, f"{name}: {error:.2e}"
 
 
-@pytest.mark.parametrize("q_lora_rank", [20, None])
-def test_deepseek_v3(q_lora_rank, make_spec, build_model):
+@pytest.mark.parametrize(("q_lora_rank", "groups", "chosen"), [(20, 1, 1), (None, 1, 1), (20, 4, 2)])
+def test_deepseek_v3(q_lora_rank, groups, chosen, make_spec, build_model):
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
     config = DeepseekV3Config(
         vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=40, num_hidden_layers=3,
         num_attention_heads=3, num_key_value_heads=3, n_shared_experts=2, n_routed_experts=8, num_experts_per_tok=3,
-        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=q_lora_rank, routed_scaling_factor=1.5,
+        n_group=groups, topk_group=chosen, first_k_dense_replace=1, q_lora_rank=q_lora_rank, routed_scaling_factor=1.5,
         norm_topk_prob=True, rms_norm_eps=1e-6, attn_implementation="eager", **sizes,
     )  # fmt: skip
     attention = Mla(num_heads=3, q_lora_rank=q_lora_rank, **sizes)
-    compare(build_model(make_spec(attention, top_k=3)), DeepseekV3ForCausalLM(config).float())
+    ours = make_spec(attention, top_k=3)
+    router = attrs.evolve(ours.moe.router, num_groups=groups, top_groups=chosen)
+    ours = attrs.evolve(ours, moe=attrs.evolve(ours.moe, router=router))
+    compare(build_model(ours), DeepseekV3ForCausalLM(config).float())
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_qwen3_moe(renormalize, make_spec, build_model):
+    """Normed queries and keys, softmax router, renormalised or not."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3,
+        norm_topk_prob=renormalize, decoder_sparse_step=1, mlp_only_layers=[0], rms_norm_eps=1e-6,
+        rope_theta=10000.0, tie_word_embeddings=False, attn_implementation="eager",
+    )  # fmt: skip
+    attention = Gqa(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True)
+    ours = make_spec(attention, top_k=3, shared=0, softmax=True)
+    ours = attrs.evolve(ours, moe=attrs.evolve(ours.moe, router=attrs.evolve(ours.moe.router, renormalize=renormalize)))
+    compare(build_model(ours), Qwen3MoeForCausalLM(config).float())
+
+
+def test_mixtral(make_spec, build_model):
+    """Softmax over the chosen; no dense layer."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=8, num_experts_per_tok=2, rms_norm_eps=1e-6,
+        rope_theta=10000.0, sliding_window=None, attn_implementation="eager",
+    )  # fmt: skip
+    ours = make_spec(Gqa(num_heads=4, num_kv_heads=2, head_dim=16), dense=0, shared=0, softmax=True)
+    compare(build_model(ours), MixtralForCausalLM(config).float())
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -125,7 +125,7 @@ OTHERS = {
         "model.attention.kind": [], "eval.bpb.heldout": [],
         "model.vocab_size": [512], "model.attention.qk_rope_head_dim": [6], "model.attention.local.head_dim": [16],
         "model.attention.local.num_kv_heads": [4], "model.attention.local.num_heads": [8],
-        "batch.sequences": [16], "batch.microbatch": [4],
+        "batch.sequences": [16], "batch.microbatch": [4], "model.moe.router.num_groups": [4],
     },
     "mixture": {
         "platform.target": ["sm_90a"], "platform.threads": [], "model.dtype": [], "transport.kind": [],
@@ -135,7 +135,7 @@ OTHERS = {
         "model.hidden_size": [384], "model.moe.num_dense_layers": [], "model.moe.experts.intermediate_size": [256],
         "model.attention.num_heads": [8], "model.attention.num_kv_heads": [4], "model.attention.head_dim": [66],
         "batch.sequences": [16], "batch.microbatch": [2], "batch.sequence_length": [2048],
-        "data.sources": [["data/x", "data/y"]],
+        "model.moe.router.num_groups": [2], "model.moe.router.top_groups": [], "data.sources": [["data/x", "data/y"]],
         "data.stages.0.weights": [[3, 2]], "data.stages.1.weights": [[0, 5]],
         "data.stages.0.until_tokens": [262144], "data.stages.1.until_tokens": [], "eval.bpb.heldout": ["elsewhere"],
     },

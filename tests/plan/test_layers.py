@@ -63,7 +63,7 @@ def test_another_kind_starts_the_section_afresh(write):
     child = 'extends = "base.toml"\n[model.attention]\nkind = "gqa"\nnum_heads = 4\nnum_kv_heads = 4\nhead_dim = 8\n'
     plan = resolve(write("child.toml", child))
     assert plan.tree["model"]["attention"] == {
-        "kind": "gqa", "num_heads": 4, "rope_theta": 10000.0, "num_kv_heads": 4, "head_dim": 8,
+        "kind": "gqa", "num_heads": 4, "rope_theta": 10000.0, "num_kv_heads": 4, "head_dim": 8, "qk_norm": False,
     }  # fmt: skip
     [missing] = refused(write("less.toml", 'extends = "base.toml"\n[optimizer.experts]\nkind = "adamw"\n'))
     assert (missing.code, missing.path, missing.line) == ("N0110", "less.toml", 2)
