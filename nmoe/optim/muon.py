@@ -13,8 +13,10 @@ expert has its own norm and its own iteration.
 
 All matrices that have one shape, up to transposition, over all tensors, go through one chain of
 batched products (cut into pieces of a bounded size). A product's bits for one matrix do not depend on
-the others of its batch, so any split of the matrices over ranks gives the same weights; the norm of
-a matrix is added over its rows in a fixed order for the same reason.
+the others of its batch, so any split of the matrices over ranks gives the same weights. On the CPU
+that takes a batch of at least as many matrices as threads: MKL gives each thread whole matrices of
+such a batch, and divides the matrices of a smaller one. The norm of a matrix is added over its rows
+in a fixed order for the same reason.
 """
 
 import math
@@ -171,10 +173,14 @@ def orthogonalize(
     bring them near 1 (to [0.7, 1.2] with the usual coefficients and five steps).
     """
     a, b, c = coefficients
+    count = x_NAB.shape[0]
+    missing = torch.get_num_threads() - count if x_NAB.device.type == "cpu" else 0
+    if missing > 0:
+        x_NAB = torch.cat([x_NAB, x_NAB.new_zeros(missing, *x_NAB.shape[1:])])
     norm_N = x_NAB.square().sum(-1).sum(-1, dtype=torch.float64).sqrt().float().clamp(min=eps)
     x_NAB = x_NAB.div_(norm_N[:, None, None]).to(dtype)
     for _ in range(steps):
         gram_NAA = torch.bmm(x_NAB, x_NAB.mT)
         polynomial_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
         x_NAB = torch.baddbmm(x_NAB, polynomial_NAA, x_NAB, beta=a)
-    return x_NAB
+    return x_NAB[:count]

@@ -103,7 +103,7 @@ def test_against_torchs_muon():
             assert float((a.detach() - b.detach()).norm()) / moved < 0.015, (adjust_lr, name)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 def test_a_matrix_does_not_see_the_others(threads, monkeypatch):
     """Alone, in one stack, in a batch of every tensor, in small pieces: the same bits."""
     torch.set_num_threads(threads)

@@ -126,6 +126,7 @@ OTHERS = {
         "model.vocab_size": [512], "model.attention.qk_rope_head_dim": [6], "model.attention.local.head_dim": [16],
         "model.attention.local.num_kv_heads": [4], "model.attention.local.num_heads": [8],
         "batch.sequences": [16], "batch.microbatch": [4], "model.moe.router.num_groups": [4],
+        "model.moe.router.num_experts": [10],
     },
     "mixture": {
         "platform.target": ["sm_90a"], "platform.threads": [], "model.dtype": [], "transport.kind": [],
