@@ -17,6 +17,7 @@ from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.manifest import Manifest, TensorRecord
 from nmoe.checkpoint.reader import dtype_name
 from nmoe.checkpoint.verify import check_object, read_manifest
+from nmoe.errors import fail
 
 
 @attrs.frozen(kw_only=True)
@@ -41,7 +42,8 @@ def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int)
 
     Each thread hashes a slice and writes it in one go: small files then share the journal's commits.
     An object that is there already counts only after it has been hashed. RunError N0301 if a file
-    cannot be written; what has been written by then is no part of any checkpoint.
+    cannot be written, N0317 if a value is not finite (an update can overflow after the last look at the
+    gradients); what has been written by then is no part of any checkpoint.
     """
     folders: set[Path] = set()
     claimed: set[str] = set()
@@ -49,7 +51,9 @@ def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int)
     lock = threading.Lock()
     numbers = itertools.count()
 
-    def put(content: memoryview) -> str:
+    def put(name: str, start: int, values: torch.Tensor) -> str:
+        require_finite(name, start, values)
+        content = values.view(torch.uint8).numpy().data
         sha256 = hashlib.sha256(content).hexdigest()
         path = layout.object_path(directory, sha256)
         with lock:
@@ -75,10 +79,9 @@ def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int)
     try:
         pending = {}
         for name, tensor in tensors.items():
-            content = tensor.reshape(-1).view(torch.uint8).numpy().data
-            width = tensor.element_size()
+            values = tensor.reshape(-1)
             cuts = layout.boundaries(name, tuple(tensor.shape), dtype_name(tensor))
-            pending[name] = [pool.submit(put, content[start * width : stop * width]) for start, stop in cuts]
+            pending[name] = [pool.submit(put, name, start, values[start:stop]) for start, stop in cuts]
         slices = {name: tuple(future.result() for future in futures) for name, futures in pending.items()}
         list(pool.map(disk.sync_directory, [*sorted(folders), layout.objects_directory(directory)]))
     finally:
@@ -88,6 +91,19 @@ def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int)
         for name, tensor in tensors.items()
     }
     return Stored(records=records, objects=len(written), bytes=sum(written))
+
+
+def require_finite(name: str, start: int, values: torch.Tensor) -> None:
+    """RunError N0317 if one of a tensor's elements from `start` on is not finite."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        place = int((~finite).nonzero()[0])
+        raise fail(
+            "N0317",
+            f"`{name}` is not finite: {float(values[place])} at element {start + place}",
+            place="the state that was to be saved",
+            help="it has not been saved, HEAD stands as it was: lower the rate, or look at the steps since then",
+        )
 
 
 def retain(directory: Path, head: Manifest | None, *, keep: int) -> tuple[Removed, ...]:

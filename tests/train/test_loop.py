@@ -188,6 +188,27 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(runs, monkeypatch):
     assert watch.unchanged()
 
 
+def test_a_state_that_is_not_finite_is_never_saved(runs, monkeypatch):
+    """An update of the last step that overflows: no gradient after it would tell."""
+    build = loop.build
+    graphs = []
+    monkeypatch.setattr(loop, "build", lambda plan: graphs.append(build(plan)) or graphs[-1])
+
+    def overflow(step: int, phase: str) -> None:
+        if (step, phase) == (2, "save"):
+            graphs[0].state()["adamw.exp_avg_sq/head.weight_VD"][1, 3] = float("inf")
+
+    with pytest.raises(RunError) as caught:
+        runs.train("run", "output.checkpoint_every=1", "output.stop_after_step=2", observe=overflow)
+    found = finding(caught)
+    assert found.code == "N0317"
+    width = graphs[0].model.head.weight_VD.shape[1]
+    assert found.message == f"`adamw.exp_avg_sq/head.weight_VD` is not finite: inf at element {width + 3}"
+    assert runs.head("run").step == 1
+    runs.train("run", "output.stop_after_step=2")
+    assert runs.head("run").step == 2, "and the run goes on from before it"
+
+
 def test_a_loss_that_is_not_finite_is_exit_1_without_a_traceback(runs, monkeypatch, capfd):
     """Through the command line."""
     build = loop.build
