@@ -25,7 +25,7 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
-quickstart: $(VENV)/.installed  ## install, then train a small MoE on Shakespeare (about 4 minutes on 2 cores)
+quickstart: $(VENV)/.installed  ## install, then train a small MoE on Shakespeare (1 to 4 minutes on 2 cores)
 	$(BIN)/nmoe train configs/quickstart.toml
 
 test: check  ## check, then run the whole test suite
