@@ -13,7 +13,6 @@ without 0.005); index_put, index_add, scatter_add, embedding's backward and cums
 import ctypes
 import os
 import platform as python_platform
-import shutil
 import socket
 import sys
 from pathlib import Path
@@ -373,8 +372,9 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
 
 
-def terminal_width() -> int:
-    return shutil.get_terminal_size().columns
+def terminal_width(stream: TextIO) -> int:
+    """Columns of the terminal that the stream writes to."""
+    return os.get_terminal_size(stream.fileno()).columns
 
 
 def _os_name() -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from typing import TextIO
 
+from nmoe import platform
 from nmoe.metrics.throughput import Throughput
 
 
@@ -20,6 +21,11 @@ def count(value: float) -> str:
             digits = 0 if letter == "" else (2 if scaled < 10 else 1 if scaled < 100 else 0)
             return f"{scaled:.{digits}f}{letter}"
     return f"{value / 1e12:.2f}T"
+
+
+def finish(eta: float) -> str:
+    """The local time after `eta` seconds from now; with its day where that is a day or more."""
+    return time.strftime("%H:%M:%S" if eta < 86400 else "%Y-%m-%d %H:%M", time.localtime(time.time() + eta))
 
 
 def duration(seconds: float) -> str:
@@ -45,7 +51,7 @@ class Progress:
         self.total_tokens = total_tokens
         self.every = every
         self.stream = sys.stderr if stream is None else stream
-        self.live = self.stream.isatty()
+        self.live = platform.is_terminal(self.stream)
         self._open_line = False
 
     def step(self, step: int, tokens_seen: int, loss: float, bits_per_byte: float, rate: Throughput) -> None:
@@ -54,27 +60,29 @@ class Progress:
         if not self.live and step % self.every and not last and step != 1:
             return
         eta = rate.eta_seconds(self.total_tokens - tokens_seen)
-        finish = time.strftime("%H:%M:%S", time.localtime(time.time() + eta))
         width = len(str(self.total_steps))
         share = 100.0 * min(tokens_seen / self.total_tokens, 1.0)
         text = (
             f"step {step:>{width}}/{self.total_steps}  {share:5.1f}%  {count(tokens_seen):>6} tokens  "
             f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {count(rate.tokens_per_second):>5} tok/s  "
-            f"ETA {duration(eta)} ({finish})"
+            f"ETA {duration(eta)} ({finish(eta)})"
         )
         if self.live:
-            self.stream.write(f"\r\x1b[2K{text}")
-            self._open_line = True
+            self._renew(text)
         else:
             self.stream.write(text + "\n")
-        self.stream.flush()
+            self.stream.flush()
 
     def transient(self, text: str) -> None:
         """Something that is under way: shown on a terminal only, until the next line."""
         if self.live:
-            self.stream.write(f"\r\x1b[2K{text}")
-            self.stream.flush()
-            self._open_line = True
+            self._renew(text)
+
+    def _renew(self, text: str) -> None:
+        # A line that wraps could not be renewed.
+        self.stream.write(f"\r\x1b[2K{text[: platform.terminal_width(self.stream) - 1]}")
+        self.stream.flush()
+        self._open_line = True
 
     def say(self, text: str) -> None:
         """A line that stays."""
