@@ -6,6 +6,7 @@ from typing import ClassVar
 import attrs
 
 from nmoe.registry.component import Component, Parameter, Problem, divisible, key, section
+from nmoe.registry.rope import Yarn
 
 
 @attrs.frozen(kw_only=True)
@@ -47,7 +48,19 @@ class Attention(Component):
 
     num_heads: int = key("query heads", minimum=1, maximum=4096)
     rope_theta: float = key("base of the rotary embedding", default=10000.0, above=1.0)
+    rope_scaling: Yarn | None = section("rotary positions beyond the context they were trained on", optional=True)
     local: LocalWindow | None = section("sliding-window layers between the global ones", optional=True)
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        if self.rope_scaling is not None:
+            yield from self.rope_scaling.owner_problems(
+                f"{path}.rope_scaling", rotary_dim=self.rotary_dim, theta=self.rope_theta, mla=isinstance(self, Mla)
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that turn with the position."""
+        raise NotImplementedError
 
     @property
     def score_width(self) -> int:
@@ -67,6 +80,11 @@ class Attention(Component):
         """One layer's attention on torch's current default device."""
         raise NotImplementedError
 
+    def build_rope_scaling(self):
+        """The scaling of this attention's rotary frequencies; None where it has none."""
+        scaling = self.rope_scaling
+        return None if scaling is None else scaling.build(rotary_dim=self.rotary_dim, theta=self.rope_theta)
+
 
 @attrs.frozen(kw_only=True)
 class Mla(Attention):
@@ -83,10 +101,15 @@ class Mla(Attention):
     def check(self, config, path: str) -> Iterator[Problem]:
         width = self.qk_rope_head_dim
         yield from divisible(f"{path}.qk_rope_head_dim", width, "qk_rope_head_dim", 2, "the rotary pair")
+        yield from super().check(config, path)
 
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.qk_rope_head_dim
 
     @property
     def score_width(self) -> int:
@@ -120,11 +143,13 @@ class Mla(Attention):
     def build(self, *, hidden_size: int, norm_eps: float, window: int | None, sinks: bool):
         from nmoe.model import mla
 
+        score_factor = 1.0 if self.rope_scaling is None else self.rope_scaling.score_factor
         return mla.Mla(
             hidden_size=hidden_size, num_heads=self.num_heads, q_lora_rank=self.q_lora_rank,
             kv_lora_rank=self.kv_lora_rank, qk_nope_head_dim=self.qk_nope_head_dim,
             qk_rope_head_dim=self.qk_rope_head_dim, v_head_dim=self.v_head_dim,
-            rope_theta=self.rope_theta, norm_eps=norm_eps, window=window, sinks=sinks,
+            rope_theta=self.rope_theta, rope_scaling=self.build_rope_scaling(), score_factor=score_factor,
+            norm_eps=norm_eps, window=window, sinks=sinks,
         )
 
 
@@ -141,6 +166,11 @@ class Gqa(Attention):
     def check(self, config, path: str) -> Iterator[Problem]:
         yield from divisible(f"{path}.head_dim", self.head_dim, "head_dim", 2, "the rotary pair")
         yield from divisible(f"{path}.num_heads", self.num_heads, "num_heads", self.num_kv_heads, "num_kv_heads")
+        yield from super().check(config, path)
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.head_dim
 
     @property
     def score_width(self) -> int:
@@ -168,8 +198,8 @@ class Gqa(Attention):
 
         return gqa.Gqa(
             hidden_size=hidden_size, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim, qk_norm=self.qk_norm, rope_theta=self.rope_theta, norm_eps=norm_eps,
-            window=window, sinks=sinks,
+            head_dim=self.head_dim, qk_norm=self.qk_norm, rope_theta=self.rope_theta,
+            rope_scaling=self.build_rope_scaling(), norm_eps=norm_eps, window=window, sinks=sinks,
         )
 
 

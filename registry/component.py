@@ -34,7 +34,7 @@ class Problem:
 class Parameter:
     """One trainable tensor of the model, known without building it.
 
-    role: embedding | head | norm | matrix | router | expert; the optimizer groups follow it.
+    role: embedding | head | tied (both at once) | norm | matrix | router | expert; the optimizer groups follow it.
     init: normal (std `init_std`) | residual (normal, times `residual_init_scale`) | ones.
     An expert tensor's first axis is the experts, of which a token uses top_k.
     """

@@ -57,6 +57,7 @@ class Model(Component):
         "factor on init_std for the matrices that write into the residual stream; 0 starts every block as identity",
         default=1.0, minimum=0.0, maximum=10.0,
     )
+    tie_embeddings: bool = key("the head is the embedding's table: one tensor, trained as both", default=False)
     attention: Attention = section("attention of every layer")
     mlp: Mlp | None = section("the dense layers' SwiGLU", optional=True)
     moe: Moe | None = section("the MoE layers; without it every layer is dense", optional=True)
@@ -104,7 +105,9 @@ class Model(Component):
 
     def parameters(self) -> Iterator[Parameter]:
         """Every trainable tensor, in the order of the model."""
-        yield Parameter(name="embedding.weight_VD", shape=(self.vocab_size, self.hidden_size), role="embedding")
+        table = (self.vocab_size, self.hidden_size)
+        role = "tied" if self.tie_embeddings else "embedding"
+        yield Parameter(name="embedding.weight_VD", shape=table, role=role)
         for layer in range(self.num_layers):
             prefix = f"layers.{layer}"
             norm = (self.hidden_size,)
@@ -121,7 +124,8 @@ class Model(Component):
                 assert self.moe is not None
                 yield from self.moe.parameters(f"{prefix}.moe", self.hidden_size)
         yield Parameter(name="norm.weight_D", shape=(self.hidden_size,), role="norm", init="ones")
-        yield Parameter(name="head.weight_VD", shape=(self.vocab_size, self.hidden_size), role="head")
+        if not self.tie_embeddings:
+            yield Parameter(name="head.weight_VD", shape=table, role="head")
 
     def build(self, *, transport):
         """The model on torch's current default device (meta for counting), weights not yet drawn."""
@@ -146,5 +150,5 @@ class Model(Component):
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
         return Transformer(
             vocab_size=self.vocab_size, hidden_size=self.hidden_size, blocks=blocks,
-            norm_eps=self.norm_eps, dtype=dtype,
+            norm_eps=self.norm_eps, tie_embeddings=self.tie_embeddings, dtype=dtype,
         )

@@ -93,7 +93,7 @@ class Optimizer(Component):
     experts: Group | None = section("the routed experts' weights", optional=True)
 
     GROUP_OF_ROLE: ClassVar[dict[str, str]] = {
-        "embedding": "dense", "head": "dense", "norm": "dense",
+        "embedding": "dense", "head": "dense", "tied": "dense", "norm": "dense",
         "matrix": "matrices", "router": "router", "expert": "experts",
     }
 

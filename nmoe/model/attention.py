@@ -38,14 +38,17 @@ def attend(
     window: int | None,
     first_BS: Tensor | None = None,
     sink_H: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention: query i meets keys i - window < j <= i (all j <= i for None) from first_i on.
 
     q_BHSQ, k_BHSQ: (B, H, S, Q); v_BHSV: (B, H, S, V); one dtype. Returns (B, H, S, V) in it.
     first_BS: (B, S) int64, each query's first key, at most its own position; None is 0.
     sink_H: (H,), each head's score without a value; its gradient is float32. None is no sink.
+    scale: what q k^T is multiplied by; None is Q^(-1/2).
     """
-    y_BHSV: Tensor = _Attention.apply(q_BHSQ, k_BHSQ, v_BHSV, window, first_BS, sink_H)
+    scale = q_BHSQ.shape[3] ** -0.5 if scale is None else scale
+    y_BHSV: Tensor = _Attention.apply(q_BHSQ, k_BHSQ, v_BHSV, window, first_BS, sink_H, scale)
     return y_BHSV
 
 
@@ -126,10 +129,10 @@ class _Attention(torch.autograd.Function):
         window: int | None,
         first_BS: Tensor | None,
         sink_H: Tensor | None,
+        scale: float,
     ) -> Tensor:
         ctx.save_for_backward(q_BHSQ, k_BHSQ, v_BHSV, first_BS, sink_H)
-        ctx.window = window
-        scale = q_BHSQ.shape[3] ** -0.5
+        ctx.window, ctx.scale = window, scale
         y_BHSV = torch.empty_like(v_BHSV)
         tensors = list(zip(*map(groups, (q_BHSQ, k_BHSQ, v_BHSV, y_BHSV)), strict=True))
         extras = zip(*masks(first_BS, sink_H, q_BHSQ, len(tensors)), strict=True)
@@ -144,7 +147,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy_BHSV: Tensor) -> tuple[Tensor | None, ...]:
         q_BHSQ, k_BHSQ, v_BHSV, first_BS, sink_H = ctx.saved_tensors
-        scale = q_BHSQ.shape[3] ** -0.5
+        scale = ctx.scale
         dq_BHSQ = torch.empty_like(q_BHSQ)
         dk_BHSQ = torch.zeros(k_BHSQ.shape, dtype=torch.float32, device=k_BHSQ.device)
         dv_BHSV = torch.zeros(v_BHSV.shape, dtype=torch.float32, device=v_BHSV.device)
@@ -172,7 +175,7 @@ class _Attention(torch.autograd.Function):
                 dk_NSQ[:, keys] += torch.bmm(ds_NCM.transpose(1, 2), q_NCQ)
                 dq_NSQ[:, rows] = torch.bmm(ds_NCM, k_NMQ).mul_(scale)
         d_sink_H = None if sink_H is None else d_sink_BH.sum(dim=0)
-        return dq_BHSQ, dk_BHSQ.to(k_BHSQ.dtype), dv_BHSV.to(v_BHSV.dtype), None, None, d_sink_H
+        return dq_BHSQ, dk_BHSQ.to(k_BHSQ.dtype), dv_BHSV.to(v_BHSV.dtype), None, None, d_sink_H, None
 
 
 def masks(

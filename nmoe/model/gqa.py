@@ -14,7 +14,7 @@ from torch import Tensor
 from nmoe.model.attention import attend
 from nmoe.model.linear import Linear
 from nmoe.model.norm import RmsNorm
-from nmoe.model.rope import rotate_halves
+from nmoe.model.rope import Yarn, rotate_halves
 
 
 class Gqa(torch.nn.Module):
@@ -29,12 +29,13 @@ class Gqa(torch.nn.Module):
         head_dim: int,
         qk_norm: bool,
         rope_theta: float,
+        rope_scaling: Yarn | None,
         norm_eps: float,
         window: int | None,
         sinks: bool,
     ) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta, self.window = head_dim, rope_theta, window
+        self.head_dim, self.rope_theta, self.rope_scaling, self.window = head_dim, rope_theta, rope_scaling, window
         self.q_proj = Linear(hidden_size, num_heads * head_dim)
         self.k_proj = Linear(hidden_size, num_kv_heads * head_dim)
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim)
@@ -49,7 +50,7 @@ class Gqa(torch.nn.Module):
         q_BSHQ, k_BSGQ = self.q_proj(x_BSD).unflatten(-1, heads), self.k_proj(x_BSD).unflatten(-1, heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHQ, k_BSGQ = self.q_norm(q_BSHQ), self.k_norm(k_BSGQ)
-        q_BSHQ, k_BSGQ = rotate_halves(q_BSHQ, self.rope_theta), rotate_halves(k_BSGQ, self.rope_theta)
+        q_BSHQ, k_BSGQ = (rotate_halves(x, self.rope_theta, self.rope_scaling) for x in (q_BSHQ, k_BSGQ))
         v_BSGQ = self.v_proj(x_BSD).unflatten(-1, heads)
         shared = q_BSHQ.shape[2] // k_BSGQ.shape[2]
         k_BHSQ, v_BHSQ = (x.transpose(1, 2).repeat_interleave(shared, dim=1) for x in (k_BSGQ, v_BSGQ))

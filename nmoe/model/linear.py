@@ -75,11 +75,14 @@ class Embedding(torch.nn.Module):
 
 
 class Head(torch.nn.Module):
-    """logits = h W^T. Training never calls it: the loss takes weight_VD and makes logits chunk by chunk."""
+    """logits = h W^T. Training never calls it: the loss takes weight_VD and makes logits chunk by chunk.
 
-    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+    table_VD: the embedding's, to be the head's too; None is a weight of its own.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, table_VD: torch.nn.Parameter | None = None) -> None:
         super().__init__()
-        self.weight_VD = torch.nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.weight_VD = torch.nn.Parameter(torch.empty(vocab_size, hidden_size)) if table_VD is None else table_VD
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (..., D); (..., V) float32."""

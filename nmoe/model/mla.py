@@ -7,7 +7,7 @@ key are [without position | rotary], pairs interleaved as in DeepSeek's code:
     q_h = [q_nope | rope(q_rope)]     k_h = [k_nope_h(c) | rope(k_rope)]     v_h = v_h(c)
 
 Queries come from x, or through a norm from a compression of q_lora_rank. Scores are scaled by
-(qk_nope_head_dim + qk_rope_head_dim)^(-1/2).
+(qk_nope_head_dim + qk_rope_head_dim)^(-1/2), and by `score_factor` where positions are stretched.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from nmoe.model.attention import attend
 from nmoe.model.linear import Linear
 from nmoe.model.norm import RmsNorm
-from nmoe.model.rope import rotate_interleaved
+from nmoe.model.rope import Yarn, rotate_interleaved
 
 
 class Mla(torch.nn.Module):
@@ -33,12 +33,15 @@ class Mla(torch.nn.Module):
         qk_rope_head_dim: int,
         v_head_dim: int,
         rope_theta: float,
+        rope_scaling: Yarn | None,
+        score_factor: float,
         norm_eps: float,
         window: int | None,
         sinks: bool,
     ) -> None:
         super().__init__()
-        self.num_heads, self.rope_theta, self.window = num_heads, rope_theta, window
+        self.num_heads, self.rope_theta, self.rope_scaling, self.window = num_heads, rope_theta, rope_scaling, window
+        self.score_scale = (qk_nope_head_dim + qk_rope_head_dim) ** -0.5 * score_factor
         self.query_sizes = [qk_nope_head_dim, qk_rope_head_dim]
         self.key_value_sizes = [qk_nope_head_dim, v_head_dim]
         self.latent_sizes = [kv_lora_rank, qk_rope_head_dim]
@@ -67,11 +70,11 @@ class Mla(torch.nn.Module):
         latent_BSC, k_rope_BSR = self.kv_a_proj(x_BSD).split(self.latent_sizes, dim=-1)
         kv_BSHX = self.kv_b_proj(self.kv_a_norm(latent_BSC)).unflatten(-1, heads)
         k_nope_BSHQ, v_BSHV = kv_BSHX.split(self.key_value_sizes, dim=-1)
-        q_rope_BSHR = rotate_interleaved(q_rope_BSHR, self.rope_theta)
-        k_rope_BSHR = rotate_interleaved(k_rope_BSR[:, :, None], self.rope_theta).expand(q_rope_BSHR.shape)
+        q_rope_BSHR = rotate_interleaved(q_rope_BSHR, self.rope_theta, self.rope_scaling)
+        k_rope_BS1R = rotate_interleaved(k_rope_BSR[:, :, None], self.rope_theta, self.rope_scaling)
         q_BHSQ = by_head(q_nope_BSHQ, q_rope_BSHR)
-        k_BHSQ = by_head(k_nope_BSHQ, k_rope_BSHR)
-        y_BHSV = attend(q_BHSQ, k_BHSQ, by_head(v_BSHV), self.window, first_BS, self.sink_H)
+        k_BHSQ = by_head(k_nope_BSHQ, k_rope_BS1R.expand(q_rope_BSHR.shape))
+        y_BHSV = attend(q_BHSQ, k_BHSQ, by_head(v_BSHV), self.window, first_BS, self.sink_H, self.score_scale)
         y: Tensor = self.o_proj(y_BHSV.transpose(1, 2).flatten(2))
         return y
 

@@ -6,6 +6,13 @@ other:
 - interleaved, elements (2j, 2j + 1): DeepSeek's; used by `Mla`.
 - halves, elements (j, j + d/2): that of Llama, Qwen and Mixtral; used by `Gqa`.
 
+YaRN (Peng et al., arXiv 2309.00071, section 3) stretches a trained context by `factor`: with w_j = theta^(-2j/d)
+and a ramp r_j = clamp((j - low) / (high - low), 0, 1) over the pairs, they turn by
+
+    w'_j = (1 - r_j) w_j + r_j w_j / factor
+
+for each position, and cosines and sines are multiplied by `rotary_factor`.
+
 The rotation of interleaved pairs is a complex product, whose gradient is the product with the
 conjugate. Angles are computed in float64 and rounded once to float32 cosines and sines; the
 rotation is float32.
@@ -14,17 +21,38 @@ rotation is float32.
 import functools
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
 
+@attrs.frozen(kw_only=True)
+class Yarn:
+    """factor > 1. low < high: pairs where the ramp begins and ends. rotary_factor: on cosines and sines."""
+
+    factor: float
+    low: float
+    high: float
+    rotary_factor: float
+
+
+def frequencies(dim: int, theta: float, scaling: Yarn | None) -> Tensor:
+    """By how much each pair turns for a position, in radians: (dim/2,) float64."""
+    frequency_J = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    if scaling is None:
+        return frequency_J
+    pair_J = torch.arange(dim // 2, dtype=torch.float64)
+    ramp_J = ((pair_J - scaling.low) / (scaling.high - scaling.low)).clamp(0.0, 1.0)
+    return frequency_J * (1.0 - ramp_J) + frequency_J / scaling.factor * ramp_J
+
+
 @functools.lru_cache(maxsize=16)
-def table(length: int, dim: int, theta: float, device: torch.device) -> Tensor:
-    """exp(i p theta^(-2j/dim)) for positions p < length and pairs j < dim/2: (length, dim/2) complex64."""
+def table(length: int, dim: int, theta: float, scaling: Yarn | None, device: torch.device) -> Tensor:
+    """exp(i p w_j), times the rotary factor, for positions p < length and pairs j: (length, dim/2) complex64."""
     with torch.inference_mode(False):
-        frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.outer(torch.arange(length, dtype=torch.float64), frequency)
-        return torch.complex(angle.cos().float(), angle.sin().float()).to(device)
+        angle_SJ = torch.outer(torch.arange(length, dtype=torch.float64), frequencies(dim, theta, scaling))
+        factor = 1.0 if scaling is None else scaling.rotary_factor
+        return torch.complex((angle_SJ.cos() * factor).float(), (angle_SJ.sin() * factor).float()).to(device)
 
 
 class _Interleaved(torch.autograd.Function):
@@ -44,9 +72,9 @@ def turn_interleaved(x_BSHR: Tensor, table_SJ: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table_SJ[:, None]).flatten(-2).to(x_BSHR.dtype)
 
 
-def rotate_interleaved(x_BSHR: Tensor, theta: float) -> Tensor:
+def rotate_interleaved(x_BSHR: Tensor, theta: float, scaling: Yarn | None = None) -> Tensor:
     """x_BSHR: (B, S, H, R), position s along S; R even. Returns its shape and dtype."""
-    y: Tensor = _Interleaved.apply(x_BSHR, table(x_BSHR.shape[1], x_BSHR.shape[3], theta, x_BSHR.device))
+    y: Tensor = _Interleaved.apply(x_BSHR, table(x_BSHR.shape[1], x_BSHR.shape[3], theta, scaling, x_BSHR.device))
     return y
 
 
@@ -72,7 +100,7 @@ def turn_halves(x_BSHR: Tensor, cos_SJ: Tensor, sin_SJ: Tensor) -> Tensor:
     return y.to(x_BSHR.dtype)
 
 
-def rotate_halves(x_BSHR: Tensor, theta: float) -> Tensor:
+def rotate_halves(x_BSHR: Tensor, theta: float, scaling: Yarn | None = None) -> Tensor:
     """x_BSHR: (B, S, H, R), position s along S; R even. Returns its shape and dtype."""
-    y: Tensor = _Halves.apply(x_BSHR, table(x_BSHR.shape[1], x_BSHR.shape[3], theta, x_BSHR.device))
+    y: Tensor = _Halves.apply(x_BSHR, table(x_BSHR.shape[1], x_BSHR.shape[3], theta, scaling, x_BSHR.device))
     return y

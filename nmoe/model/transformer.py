@@ -16,16 +16,26 @@ class Transformer(torch.nn.Module):
 
     dtype: of all parameters; their gradients are float32. Buffers (router biases and loads) keep
     their own.
+    tie_embeddings: the head's weight is the embedding's (Press and Wolf, arXiv 1608.05859), one
+    parameter under the embedding's name. Its gradient of a microbatch is the head's part plus the
+    lookup's, a float32 sum of two, which autograd makes before it adds the microbatch to the others.
     """
 
     def __init__(
-        self, *, vocab_size: int, hidden_size: int, blocks: Iterable[Block], norm_eps: float, dtype: torch.dtype
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        blocks: Iterable[Block],
+        norm_eps: float,
+        tie_embeddings: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.embedding = Embedding(vocab_size, hidden_size)
         self.layers = torch.nn.ModuleList(blocks)
         self.norm = RmsNorm(hidden_size, norm_eps)
-        self.head = Head(vocab_size, hidden_size)
+        self.head = Head(vocab_size, hidden_size, self.embedding.weight_VD if tie_embeddings else None)
         for parameter in self.parameters():
             parameter.data = parameter.data.to(dtype)
             parameter.grad_dtype = torch.float32

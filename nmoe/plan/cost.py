@@ -5,8 +5,8 @@ biases are state). Active is what one token uses: the same sum with each routed 
 scaled by top_k / num_experts, an exact integer because an expert tensor's first axis is the experts.
 
 FLOPs of training, for each token (PaLM, arXiv 2204.02311, appendix B): 6 for each active parameter
-of a matrix product (2 forward, 4 backward), that is of every matrix, router, expert and the head,
-without the embedding's table, which is looked up, and norms; and for attention 6 * score_width *
+of a matrix product (2 forward, 4 backward), that is of every matrix, router, expert and the head
+(tied to the embedding or not), without a table that is only looked up, and norms; and for attention 6 * score_width *
 visible, where score_width is the multiply-adds of one query-key pair (all heads, scores and
 values) and visible the mean number of tokens that a token sees: (S + 1) / 2 when causal,
 (w (w + 1) / 2 + (S - w) w) / S within a window of w. Recomputation does not count, nor do document

@@ -79,15 +79,17 @@ def draw(plan: Plan, path: Path) -> None:
 
 def attention_lines(spec: Attention) -> list[str]:
     """The sizes of an attention, for a card."""
+    stretched = [f"positions x {spec.rope_scaling.factor:g} (YaRN)"] if spec.rope_scaling else []
     if isinstance(spec, Mla):
         queries = f"queries through {spec.q_lora_rank}" if spec.q_lora_rank else "queries from x"
         return [
             f"{spec.num_heads} heads, {queries}",
             f"keys and values through {spec.kv_lora_rank}",
             f"{spec.qk_nope_head_dim} + {spec.qk_rope_head_dim} rotary, values {spec.v_head_dim}",
+            *stretched,
         ]
     assert isinstance(spec, Gqa)
-    return [f"{spec.num_heads} query heads of {spec.head_dim}", f"{spec.num_kv_heads} key and value heads"]
+    return [f"{spec.num_heads} query heads of {spec.head_dim}", f"{spec.num_kv_heads} key and value heads", *stretched]
 
 
 def mermaid(plan: Plan) -> str:
@@ -105,9 +107,9 @@ def mermaid(plan: Plan) -> str:
         title = f"{called}<br/>{kind_of[start].attention_title}<br/>{_ffn_title(plan, kind_of[start])}{shared}"
         lines += [f'  layer{start}["{title}"]', f"  {previous} --> layer{start}"]
         previous, start = f"layer{start}", stop + 1
+    head = "the embedding as head" if model.tie_embeddings else f"head {model.vocab_size} x {model.hidden_size}"
     lines += [
-        f'  head["norm and head {model.vocab_size} x {model.hidden_size}"]', f"  {previous} --> head",
-        '  loss(["cross-entropy"])', "  head --> loss",
+        f'  head["norm and {head}"]', f"  {previous} --> head", '  loss(["cross-entropy"])', "  head --> loss",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -194,7 +196,8 @@ def _strip(plan: Plan, types: tuple[LayerType, ...], high: float) -> Iterator[st
     y += 14
     yield arrow(x + wide / 2, y - 15, x + wide / 2, y - 2)
     yield box(x, y, wide, end_high, ENDS, edge=LINE)
-    yield text(x + wide / 2, y + 25, f"norm, head {model.hidden_size:,} x {model.vocab_size:,}", end="middle")
+    head = "the embedding as head" if model.tie_embeddings else f"head {model.hidden_size:,} x {model.vocab_size:,}"
+    yield text(x + wide / 2, y + 25, f"norm, {head}", end="middle")
 
 
 def _card(plan: Plan, layer: LayerType, x: float, y: float) -> Iterator[str]:
