@@ -31,7 +31,8 @@ class Yarn(Component):
         default=32.0, above=0.0, maximum=1e6,
     )
     beta_slow: float = key(
-        "a pair that turns so many times, or fewer, becomes `factor` times slower", default=1.0, above=0.0, maximum=1e6
+        "a pair that turns so many times, or fewer, becomes `factor` times slower; at most beta_fast",
+        default=1.0, above=0.0, maximum=1e6,
     )
     truncate: bool = key(
         "the ramp between the two begins and ends at whole pairs (GPT-OSS: false)", default=True
@@ -94,7 +95,7 @@ class Yarn(Component):
             )
 
     def ramp(self, rotary_dim: int, theta: float) -> tuple[float, float]:
-        """Between which pairs the change from old to slower frequencies lies (section 3.2 of the paper).
+        """Between which pairs the change from old to slower frequencies lies, as transformers and DeepSeek have it.
 
         Pair j makes L theta^(-2j/d) / 2 pi turns within L = original_context tokens, so b turns are made by
         j(b) = d ln(L / (2 pi b)) / (2 ln theta); the ramp goes from j(beta_fast) to j(beta_slow).

@@ -6,12 +6,13 @@ other:
 - interleaved, elements (2j, 2j + 1): DeepSeek's; used by `Mla`.
 - halves, elements (j, j + d/2): that of Llama, Qwen and Mixtral; used by `Gqa`.
 
-YaRN (Peng et al., arXiv 2309.00071, section 3) stretches a trained context by `factor`: with w_j = theta^(-2j/d)
+YaRN (Peng et al., arXiv 2309.00071, section 3.2) stretches a trained context by `factor`: with w_j = theta^(-2j/d)
 and a ramp r_j = clamp((j - low) / (high - low), 0, 1) over the pairs, they turn by
 
     w'_j = (1 - r_j) w_j + r_j w_j / factor
 
-for each position, and cosines and sines are multiplied by `rotary_factor`.
+for each position, and cosines and sines are multiplied by `rotary_factor` (section 3.4). The ramp is linear in the
+pair, as in the authors' code and every published model; the paper writes it linear in the pair's turns.
 
 The rotation of interleaved pairs is a complex product, whose gradient is the product with the
 conjugate. Angles are computed in float64 and rounded once to float32 cosines and sines; the

@@ -12,6 +12,7 @@ import pytest
 
 from nmoe import __version__
 from nmoe.cli.main import COMMANDS, run
+from nmoe.plan.resolve import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -131,6 +132,8 @@ def test_graph_is_a_picture(config, tmp_path, capsys):
     chart = tmp_path / "model.mmd"
     assert run(["build", str(config), "--graph", str(chart)]) == 0
     assert chart.read_text().startswith("flowchart TD\n")
+    tied = resolve(config).config.model.tie_embeddings
+    assert all(("the embedding as head" in said) == tied for said in (words, chart.read_text()))
     assert capsys.readouterr().out == ""
 
 

@@ -1,5 +1,6 @@
 """Small models of every kind, built through the registry as a plan builds them."""
 
+import attrs
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from nmoe.registry.attention import Gqa, LocalGqa, LocalMla, LocalWindow, Mla
 from nmoe.registry.experts import Bf16Experts, Fp32Experts
 from nmoe.registry.model import Mlp, Model
 from nmoe.registry.moe import Moe
+from nmoe.registry.rope import Yarn
 from nmoe.registry.router import SigmoidRouter, SoftmaxRouter
 
 MLA = {"num_heads": 3, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
@@ -44,6 +46,9 @@ SPECS = {
     ),
     "gqa, local mla": spec(Gqa(local=LocalMla(q_lora_rank=None, window=9, global_every=3, **MLA), **GQA), layers=4),
     "mla, local gqa": spec(Mla(q_lora_rank=None, local=LocalGqa(window=5, global_every=2, **GQA), **MLA)),
+    "gqa, stretched, tied": attrs.evolve(
+        spec(Gqa(rope_scaling=Yarn(factor=4.0, original_context=16), **GQA)), tie_embeddings=True
+    ),
     "dense": spec(Gqa(**GQA), moe=False),
     "every expert": spec(Mla(q_lora_rank=None, **MLA), experts=4, top_k=4),
     "bf16": spec(Mla(q_lora_rank=20, local=LocalWindow(window=7, global_every=2), **MLA), dtype="bf16"),

@@ -13,6 +13,7 @@ import torch
 
 from nmoe.model.loss import linear_cross_entropy
 from nmoe.registry.attention import Gqa, Mla
+from nmoe.registry.rope import Yarn
 
 LOGITS, GRADIENTS = 2e-5, 1e-4  # largest error over largest value: two libraries' orders of summation
 
@@ -50,7 +51,7 @@ def pieces(name, tensor):
         yield renamed(name), tensor.flatten(1, 2) if name.endswith("w_gate_up_E2FD") else tensor
 
 
-def compare(model, library):
+def compare(model, library, length=40):
     """Logits, loss and every gradient, after our weights have been copied into the library's model."""
     target = {**dict(library.named_parameters()), **dict(library.named_buffers())}
     used = set()
@@ -61,7 +62,7 @@ def compare(model, library):
                 target[other].copy_(part)
                 used.add(other)
     assert {name for name, _ in library.named_parameters()} <= used
-    ids = torch.randint(0, 64, (2, 41), generator=torch.Generator().manual_seed(3))
+    ids = torch.randint(0, 64, (2, length + 1), generator=torch.Generator().manual_seed(3))
     inputs, targets = ids[:, :-1], ids[:, 1:].reshape(-1)
     h_TD = model(inputs)
     logits = model.head(h_TD)
@@ -154,3 +155,58 @@ def test_sliding_window_of_mistral(make_spec, build_model):
     for layer in model.layers:
         layer.attention.window = 6
     compare(model, MistralForCausalLM(config).float())
+
+
+YARN = {"factor": 8.0, "beta_fast": 4.0, "beta_slow": 1.0}  # and a theta of 100: the ramp lies between the pairs
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.707, "mscale_all_dim": 1.3}, {},
+        {"attention_factor": 0.9}, {"truncate": False},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_yarn_of_deepseek_v3(scales, make_spec, build_model):
+    """256 tokens, frequencies of 32; the softmax's scale and that of cosines and sines."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = {"kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    config = DeepseekV3Config(
+        vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=3, num_key_value_heads=3, n_shared_experts=2, n_routed_experts=8, num_experts_per_tok=3,
+        n_group=1, topk_group=1, first_k_dense_replace=1, q_lora_rank=20, routed_scaling_factor=1.5,
+        norm_topk_prob=True, rms_norm_eps=1e-6, attn_implementation="eager", max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 100.0, "original_max_position_embeddings": 32, **YARN, **scales
+        }, **sizes,
+    )  # fmt: skip
+    attention = Mla(
+        num_heads=3, q_lora_rank=20, rope_theta=100.0, rope_scaling=Yarn(original_context=32, **YARN, **scales), **sizes
+    )
+    compare(build_model(make_spec(attention, top_k=3)), DeepseekV3ForCausalLM(config).float(), length=256)
+
+
+@pytest.mark.parametrize(
+    ("scales", "tied"), [({}, True), ({"attention_factor": 1.5}, False), ({"truncate": False}, False)], ids=str
+)
+def test_yarn_and_tied_embeddings_of_qwen3_moe(scales, tied, make_spec, build_model):
+    """As above, for whole heads; and one table for embedding and head."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=40, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3,
+        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[0], rms_norm_eps=1e-6, tie_word_embeddings=tied,
+        attn_implementation="eager", max_position_embeddings=256,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 100.0, "original_max_position_embeddings": 32, **YARN, **scales
+        },
+    )  # fmt: skip
+    scaling = Yarn(original_context=32, **YARN, **scales)
+    attention = Gqa(num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True, rope_theta=100.0, rope_scaling=scaling)
+    ours = attrs.evolve(make_spec(attention, top_k=3, shared=0, softmax=True), tie_embeddings=tied)
+    library = Qwen3MoeForCausalLM(config).float()
+    assert (library.lm_head.weight is library.model.embed_tokens.weight) == tied
+    compare(build_model(ours), library, length=256)

@@ -55,6 +55,21 @@ def test_flops_by_counting_multiply_adds():
     assert abs(plan.flops_per_token - exact) <= Fraction(1, 2)
 
 
+def test_a_tied_table_is_counted_once_and_multiplied_as_the_head():
+    """The FLOPs are those of two tables; parameters, weights, gradients and moments those of one."""
+    text = (Path(__file__).parent / "base.toml").read_text()
+    apart, tied = (resolve_text(text, "base.toml", [f"model.tie_embeddings={v}"]) for v in ("false", "true"))
+    table = 257 * 32
+    assert apart.parameters_total - tied.parameters_total == table
+    assert apart.parameters_active - tied.parameters_active == table
+    assert apart.flops_per_token == tied.flops_per_token
+    for kind, width in (("weights", 4), ("gradients", 4), ("optimizer", 8), ("activations", 0)):
+        assert apart.memory_bytes_per_rank[kind] - tied.memory_bytes_per_rank[kind] == width * table
+    rows = {row.pattern: row for row in tied.groups}
+    assert "head.weight_VD" not in rows
+    assert (rows["embedding.weight_VD"].group, rows["embedding.weight_VD"].decay) == ("dense", 0.1)
+
+
 def test_active_is_what_a_token_uses():
     plan = resolve_text((Path(__file__).parent / "base.toml").read_text(), "base.toml")
     experts = 3 * 8 * 3 * 32 * 16
