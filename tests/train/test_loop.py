@@ -196,14 +196,14 @@ def test_a_state_that_is_not_finite_is_never_saved(runs, monkeypatch):
 
     def overflow(step: int, phase: str) -> None:
         if (step, phase) == (2, "save"):
-            graphs[0].state()["adamw.exp_avg_sq/head.weight_VD"][1, 3] = float("inf")
+            graphs[0].state()["adamw.exp_avg_sq/embedding.weight_VD"][1, 3] = float("inf")
 
     with pytest.raises(RunError) as caught:
         runs.train("run", "output.checkpoint_every=1", "output.stop_after_step=2", observe=overflow)
     found = finding(caught)
     assert found.code == "N0317"
-    width = graphs[0].model.head.weight_VD.shape[1]
-    assert found.message == f"`adamw.exp_avg_sq/head.weight_VD` is not finite: inf at element {width + 3}"
+    width = graphs[0].model.embedding.weight_VD.shape[1]
+    assert found.message == f"`adamw.exp_avg_sq/embedding.weight_VD` is not finite: inf at element {width + 3}"
     assert runs.head("run").step == 1
     runs.train("run", "output.stop_after_step=2")
     assert runs.head("run").step == 2, "and the run goes on from before it"
