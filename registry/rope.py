@@ -80,7 +80,7 @@ class Yarn(Component):
     def owner_problems(self, path: str, *, rotary_dim: int, theta: float, mla: bool) -> Iterator[Problem]:
         """What contradicts the attention that this scaling, found at `path`, belongs to."""
         low, high = self.ramp(rotary_dim, theta)
-        if low >= high:
+        if low >= high and self.beta_slow <= self.beta_fast:
             yield Problem(
                 path=f"{path}.original_context",
                 message=f"none of {rotary_dim // 2} rotary pairs turns between {self.beta_slow:g} and "
