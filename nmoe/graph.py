@@ -98,7 +98,7 @@ def build(plan: Plan) -> TrainingGraph:
             place="[data] and model.vocab_size",
             help=f"set vocab_size to at least {mixture.vocab_size}",
         )
-    return TrainingGraph(
+    graph = TrainingGraph(
         model=model,
         optimizer=Optimizer(groups),
         rounding=rounding,
@@ -109,3 +109,9 @@ def build(plan: Plan) -> TrainingGraph:
         document_mask=config.batch.document_mask,
         tokens_per_step=config.batch.tokens_per_step,
     )
+    for _, router in graph.routers():
+        assert config.model.moe is not None
+        router.balance = config.model.moe.router.build_balance(
+            sequence_length=config.batch.sequence_length, tokens_per_step=config.batch.tokens_per_step
+        )
+    return graph

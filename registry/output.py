@@ -5,7 +5,71 @@ from posixpath import basename, dirname, join, normpath
 
 import attrs
 
-from nmoe.registry.component import Component, Problem, key
+from nmoe.registry.component import Component, Problem, key, section
+
+
+@attrs.frozen(kw_only=True)
+class RouterCollapse(Component):
+    """A router that has left most experts idle, or one with most of the work, for a window of steps."""
+
+    dead_share: float | None = key(
+        "share of a layer's experts without a token in a step, at which it counts; absent: it does not",
+        default=None, above=0.0, maximum=1.0,
+    )
+    max_load: float | None = key(
+        "a layer's largest load over the mean load in a step, at which it counts; absent: it does not",
+        default=None, above=1.0, maximum=65536.0,
+    )
+    window: int = key(
+        "consecutive steps of one attempt for which it has to hold", default=100, minimum=1, unit="steps"
+    )
+    action: str = key(
+        "warn: say so and go on; stop: end the run with status 1, the last checkpoint stands",
+        choices=("warn", "stop"),
+    )
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        if config.model.moe is None:
+            yield Problem(
+                path=path, message=f"[{path}] watches routers, and the model has no MoE layer",
+                help="remove the section, or add [model.moe]",
+            )
+            return
+        if self.dead_share is None and self.max_load is None:
+            yield Problem(
+                path=path, message=f"[{path}] names no threshold", help="add dead_share, max_load or both",
+            )
+        router = config.model.moe.router
+        if self.dead_share is not None and self.dead_share * router.num_experts > router.num_experts - router.top_k:
+            yield Problem(
+                path=f"{path}.dead_share",
+                message=f"dead_share = {self.dead_share} is never reached: every token uses {router.top_k} of "
+                f"{router.num_experts} experts",
+                help=self._most("dead_share", (router.num_experts - router.top_k) / router.num_experts, 0.0),
+            )
+        if self.max_load is not None and self.max_load * router.top_k > router.num_experts:
+            yield Problem(
+                path=f"{path}.max_load",
+                message=f"max_load = {self.max_load} is never reached: a token uses {router.top_k} of "
+                f"{router.num_experts} experts, each once",
+                help=self._most("max_load", router.num_experts / router.top_k, 1.0),
+            )
+        steps = -(-config.schedule.total_tokens // config.batch.tokens_per_step)
+        if self.window > steps:
+            yield Problem(
+                path=f"{path}.window",
+                message=f"window = {self.window} is more than the run's {steps} steps",
+                help=f"set window to at most {steps}",
+            )
+
+    @staticmethod
+    def _most(name: str, most: float, above: float) -> str:
+        return f"set {name} to at most {most:.6g}" if most > above else f"remove {name}: every token uses every expert"
+
+    def build(self):
+        from nmoe.metrics.router_collapse import CollapseDetector
+
+        return CollapseDetector(dead_share=self.dead_share, max_load=self.max_load, window=self.window)
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +92,7 @@ class Output(Component):
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
     )
+    router_collapse: RouterCollapse | None = section("what is done about a router that has collapsed", optional=True)
 
     def check(self, config, path: str) -> Iterator[Problem]:
         for name, value in (("run_dir", self.run_dir), ("metrics_dir", self.metrics_dir)):

@@ -32,6 +32,19 @@ class Router(Component):
         """One layer's router on torch's current default device."""
         raise NotImplementedError
 
+    def build_balance(self, *, sequence_length: int, tokens_per_step: int):
+        """One router's balance losses in a training (nmoe.model.balance.Balance); None where the plan asks for none."""
+        raise NotImplementedError
+
+    def even_problems(self, path: str, name: str) -> Iterator[Problem]:
+        """The finding that the loss `name` has nothing to do, if it has not."""
+        if self.top_k == self.num_experts:
+            yield Problem(
+                path=f"{path}.{name}",
+                message=f"`{name}` has nothing to balance: every token uses all {self.num_experts} experts",
+                help=f"remove `{name}`, or lower top_k",
+            )
+
 
 def pair_problems(path: str, sequences: int, name: str, config) -> Iterator[Problem]:
     """Rows of one pass are counted in 32-bit integers: tokens, or (token, expert) pairs of a MoE model."""
@@ -55,6 +68,14 @@ class SoftmaxRouter(Router):
     """
 
     renormalize: bool = key("the chosen weights add up to 1", default=True)
+    balance_loss: float | None = key(
+        "coefficient of each layer's balance loss over a microbatch, E sum f P (Switch); absent: none",
+        default=None, above=0.0, maximum=1e3,
+    )
+    z_loss: float | None = key(
+        "coefficient of each layer's mean squared log-partition of the router's logits (ST-MoE); absent: none",
+        default=None, above=0.0, maximum=1e3,
+    )
 
     def check(self, config, path: str) -> Iterator[Problem]:
         yield from super().check(config, path)
@@ -64,6 +85,15 @@ class SoftmaxRouter(Router):
                 message="the one chosen weight is always 1 when renormalised, so the router never learns",
                 help="set renormalize = false, or top_k to at least 2",
             )
+        if self.balance_loss is not None:
+            yield from self.even_problems(path, "balance_loss")
+
+    def build_balance(self, *, sequence_length: int, tokens_per_step: int):
+        from nmoe.model.balance import Balance, SwitchBalance, ZLoss
+
+        asked = ((self.balance_loss, SwitchBalance()), (self.z_loss, ZLoss()))
+        losses = [(coefficient, loss) for coefficient, loss in asked if coefficient is not None]
+        return Balance(losses, tokens_per_step=tokens_per_step) if losses else None
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SoftmaxRouter as Run
@@ -79,7 +109,8 @@ class SigmoidRouter(Router):
 
     s_E = sigmoid(W x); the top_k of s + bias are chosen; their weights are
     route_scale * s_k / sum over the chosen of s. After a step each expert's bias rises by
-    bias_update_rate if it got fewer tokens than the mean, and falls if it got more.
+    bias_update_rate if it got fewer tokens than the mean, and falls if it got more, over the whole
+    step's batch.
     """
 
     num_groups: int = key("groups of neighbouring experts", default=1, minimum=1, maximum=65536)
@@ -92,6 +123,16 @@ class SigmoidRouter(Router):
     )
     bias_update_rate: float = key(
         "step of the selection bias; 0 keeps it at zero", default=0.001, minimum=0.0, maximum=1.0
+    )
+    bias_limit: float | None = key(
+        "largest absolute selection bias; absent: none", default=None, above=0.0, maximum=1e6
+    )
+    bias_until_tokens: int | None = key(
+        "tokens after which the selection bias stays as it is; absent: never", default=None, minimum=1, unit="tokens"
+    )
+    sequence_balance_loss: float | None = key(
+        "coefficient of each layer's balance loss within a sequence, sum f P (DeepSeek-V3); absent: none",
+        default=None, above=0.0, maximum=1e3,
     )
 
     def check(self, config, path: str) -> Iterator[Problem]:
@@ -116,6 +157,40 @@ class SigmoidRouter(Router):
                 message=f"{self.top_groups} groups of {size} experts hold fewer than top_k = {self.top_k}",
                 help="raise top_groups or lower top_k",
             )
+        yield from self._bias_problems(config, path)
+        if self.sequence_balance_loss is not None:
+            yield from self.even_problems(path, "sequence_balance_loss")
+
+    def _bias_problems(self, config, path: str) -> Iterator[Problem]:
+        for name in ("bias_limit", "bias_until_tokens"):
+            if self.bias_update_rate == 0 and getattr(self, name) is not None:
+                yield Problem(
+                    path=f"{path}.{name}",
+                    message=f"`{name}` says how the selection bias moves, and bias_update_rate = 0 keeps it at zero",
+                    help=f"remove `{name}`, or set bias_update_rate",
+                )
+        if self.bias_limit is not None and self.bias_limit < self.bias_update_rate:
+            yield Problem(
+                path=f"{path}.bias_limit",
+                message=f"bias_limit = {self.bias_limit} is less than one step, bias_update_rate = "
+                f"{self.bias_update_rate}",
+                help=f"set bias_limit to at least {self.bias_update_rate}",
+            )
+        if self.bias_until_tokens is not None and self.bias_until_tokens >= config.schedule.total_tokens:
+            yield Problem(
+                path=f"{path}.bias_until_tokens",
+                message=f"bias_until_tokens = {self.bias_until_tokens} is not before the schedule's end at "
+                f"{config.schedule.total_tokens} tokens",
+                help="remove it: the selection bias then moves to the end",
+            )
+
+    def build_balance(self, *, sequence_length: int, tokens_per_step: int):
+        from nmoe.model.balance import Balance, SequenceBalance
+
+        if self.sequence_balance_loss is None:
+            return None
+        loss = SequenceBalance(sequence_length=sequence_length)
+        return Balance([(self.sequence_balance_loss, loss)], tokens_per_step=tokens_per_step)
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SigmoidRouter as Run
@@ -123,5 +198,6 @@ class SigmoidRouter(Router):
         return Run(
             hidden_size=hidden_size, num_experts=self.num_experts, top_k=self.top_k,
             num_groups=self.num_groups, top_groups=self.top_groups, route_scale=self.route_scale,
-            bias_update_rate=self.bias_update_rate,
+            bias_update_rate=self.bias_update_rate, bias_limit=self.bias_limit,
+            bias_until_tokens=self.bias_until_tokens,
         )

@@ -61,6 +61,7 @@ TABLE: dict[str, dict[str | None, type[Component]]] = {
     "eval": {None: evaluation.Eval},
     "eval.bpb": {None: evaluation.Bpb},
     "output": {None: output.Output},
+    "output.router_collapse": {None: output.RouterCollapse},
 }
 
 # Sections that cannot change a bit of training: outside the fingerprint, with everything below them.

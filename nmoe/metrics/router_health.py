@@ -7,9 +7,10 @@ With n_e the pairs that expert e of E got in the step and p_e = n_e / sum of n:
     load_max, load_min                    over the mean load, so 1 is even
     dead       experts with n_e = 0
 
-and of the selection biases b_e, where a router has them, their smallest, largest and the range
-between. The load is the one over all microbatches and ranks: the entropy of the mean load, not a
-mean of entropies. All in float64, on the host; read the counts before the router's `end_step` clears them.
+of the selection biases b_e, where a router has them, their smallest, largest and the range between;
+and its balance losses, where a training has them (`nmoe.model.balance`). The load is the one over
+all microbatches and ranks: the entropy of the mean load, not a mean of entropies. All in float64,
+on the host; read the counts before the router's `end_step` clears them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,14 +23,23 @@ from nmoe.errors import fail
 
 @attrs.frozen(kw_only=True)
 class Health:
-    """One layer's figures of one step; see the module for each. bias: smallest and largest, if any."""
+    """One layer's figures of one step; see the module for each.
 
+    bias: smallest and largest, if any. losses: balance losses by name, without their coefficients.
+    """
+
+    num_experts: int
     entropy: float
     load_cv: float
     load_max: float
     load_min: float
     dead_experts: int
     bias: tuple[float, float] | None
+    losses: Mapping[str, float]
+
+    @property
+    def dead_share(self) -> float:
+        return self.dead_experts / self.num_experts
 
     @property
     def bias_range(self) -> float | None:
@@ -40,8 +50,8 @@ Row = tuple[str, int | None, int | None, float]
 """A row of the ledger: (name, layer, expert, value)."""
 
 
-def health(load_E: torch.Tensor, bias_E: torch.Tensor | None) -> Health:
-    """Figures of one layer. load_E: int64 counts of a step. bias_E: selection biases, if any.
+def health(load_E: torch.Tensor, bias_E: torch.Tensor | None, losses: Mapping[str, float]) -> Health:
+    """Figures of one layer. load_E: int64 counts of a step. bias_E: selection biases, if any. losses: by name.
 
     RunError N0406 if nothing was routed: the counts were read in evaluation or after they were cleared.
     """
@@ -59,12 +69,14 @@ def health(load_E: torch.Tensor, bias_E: torch.Tensor | None) -> Health:
     nats = -torch.xlogy(share, share).sum()
     even = torch.tensor(float(load.numel()), dtype=torch.float64).log()
     return Health(
+        num_experts=load.numel(),
         entropy=float(nats / even) if load.numel() > 1 else 1.0,
         load_cv=float((load - mean).square().mean().sqrt() / mean),
         load_max=float(load.max() / mean),
         load_min=float(load.min() / mean),
         dead_experts=int((load == 0).sum()),
         bias=None if bias_E is None else (float(bias_E.min()), float(bias_E.max())),
+        losses=losses,
     )
 
 
@@ -80,6 +92,8 @@ def rows(layers: Mapping[int, Health]) -> Iterator[Row]:
             yield "router/bias_min", layer, None, one.bias[0]
             yield "router/bias_max", layer, None, one.bias[1]
             yield "router/bias_range", layer, None, one.bias_range
+        for name, value in one.losses.items():
+            yield f"router/{name}", layer, None, value
     every = list(layers.values())
     if every:
         yield "router/mean_entropy", None, None, sum(one.entropy for one in every) / len(every)

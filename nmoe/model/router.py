@@ -21,12 +21,14 @@ Softmax (Qwen3, arXiv 2505.09388; Mixtral, arXiv 2401.04088):
 Renormalised, that is the softmax over the chosen scores alone, which is how Mixtral's paper has it.
 
 Training forwards count the pairs each expert got. `end_step` moves each bias by a fixed amount
-towards the mean load, where there is one, and forgets the counts.
+towards the mean load, where there is one, and forgets the counts. Where a training has balance
+losses (`nmoe.model.balance`), their gradient joins that of the logits here.
 """
 
 import torch
 from torch import Tensor
 
+from nmoe.model.balance import Balance
 from nmoe.model.linear import linear
 
 
@@ -34,15 +36,17 @@ class Router(torch.nn.Module):
     """What every kind has.
 
     weight_ED: (E, D). bias_E: (E,) float32, state; None where the kind has no selection bias. load_E: (E,) int64,
-    pairs since the last `end_step`.
+    pairs since the last `end_step`. balance: the losses of the training that the router is in; None without any.
     """
 
     bias_E: Tensor | None
     load_E: Tensor
+    balance: Balance | None
 
     def __init__(self, *, hidden_size: int, num_experts: int, top_k: int) -> None:
         super().__init__()
         self.top_k = top_k
+        self.balance = None
         self.weight_ED = torch.nn.Parameter(torch.empty(num_experts, hidden_size))
         self.register_buffer("bias_E", None)
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
@@ -50,18 +54,24 @@ class Router(torch.nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """x_TD: (T, D). Returns indices_TK int64, the best first, and weights_TK float32.
 
-        In training mode load_E grows by each expert's pairs.
+        In training mode load_E grows by each expert's pairs, and the gradient of the balance losses is added.
         """
         raise NotImplementedError
+
+    def losses(self) -> dict[str, float]:
+        """The balance losses by name since the last `end_step`, without coefficients; empty where there are none."""
+        return {} if self.balance is None else self.balance.means()
 
     def count(self, indices_TK: Tensor) -> None:
         if self.training:
             self.load_E += torch.bincount(indices_TK.view(-1), minlength=self.load_E.numel())
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """load = 0."""
+    def end_step(self, tokens_seen: int) -> None:
+        """load = 0, and nothing recorded of the losses. tokens_seen: of the training, this step's among them."""
         self.load_E.zero_()
+        if self.balance is not None:
+            self.balance.clear()
 
 
 class SoftmaxRouter(Router):
@@ -73,17 +83,24 @@ class SoftmaxRouter(Router):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As `Router.forward`."""
-        score_TE = torch.softmax(linear(x_TD, self.weight_ED, torch.float32), dim=1)
+        logits_TE = linear(x_TD, self.weight_ED, torch.float32)
+        score_TE = torch.softmax(logits_TE, dim=1)
         indices_TK = select(score_TE.detach(), self.top_k)
         weights_TK = score_TE.gather(1, indices_TK)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True)
+        if self.training and self.balance is not None:
+            weights_TK = self.balance.inject(weights_TK, logits_TE, score_TE.detach(), indices_TK)
         self.count(indices_TK)
         return indices_TK, weights_TK
 
 
 class SigmoidRouter(Router):
-    """bias_update_rate: by which a bias moves after a step. num_groups, top_groups: G and M."""
+    """bias_update_rate: by which a bias moves after a step. num_groups, top_groups: G and M.
+
+    bias_limit: largest absolute bias, None for none. bias_until_tokens: tokens of the training after which the bias
+    stays, None for never.
+    """
 
     bias_E: Tensor
 
@@ -97,18 +114,25 @@ class SigmoidRouter(Router):
         top_groups: int,
         route_scale: float,
         bias_update_rate: float,
+        bias_limit: float | None,
+        bias_until_tokens: int | None,
     ) -> None:
         super().__init__(hidden_size=hidden_size, num_experts=num_experts, top_k=top_k)
         self.num_groups, self.top_groups = num_groups, top_groups
         self.route_scale, self.bias_update_rate = route_scale, bias_update_rate
+        self.bias_limit, self.bias_until_tokens = bias_limit, bias_until_tokens
         self.bias_E = torch.zeros(num_experts, dtype=torch.float32)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As `Router.forward`; the best are those of the largest s + b."""
-        score_TE = torch.sigmoid(linear(x_TD, self.weight_ED, torch.float32))
+        logits_TE = linear(x_TD, self.weight_ED, torch.float32)
+        score_TE = torch.sigmoid(logits_TE)
         indices_TK = select(self.eligible(score_TE.detach() + self.bias_E), self.top_k)
         chosen_TK = score_TE.gather(1, indices_TK)
         weights_TK = chosen_TK * (self.route_scale / (chosen_TK.sum(dim=1, keepdim=True) + 1e-20))
+        if self.training and self.balance is not None:
+            best_TK = select(score_TE.detach(), self.top_k)
+            weights_TK = self.balance.inject(weights_TK, logits_TE, score_TE.detach(), best_TK)
         self.count(indices_TK)
         return indices_TK, weights_TK
 
@@ -123,11 +147,17 @@ class SigmoidRouter(Router):
         return biased_TGE.masked_fill(hidden_TG[:, :, None], -torch.inf).flatten(1)
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """b += rate * sign(mean load - load), then load = 0. Exact: E * load is compared with the integer total."""
-        short_E = self.load_E.sum() - self.load_E * self.load_E.numel()
-        self.bias_E += self.bias_update_rate * torch.sign(short_E).to(torch.float32)
-        super().end_step()
+    def end_step(self, tokens_seen: int) -> None:
+        """b += rate * sign(mean load - load), within the limit and until its tokens; then load = 0.
+
+        Exact: E * load is compared with the integer total.
+        """
+        if self.bias_until_tokens is None or tokens_seen <= self.bias_until_tokens:
+            short_E = self.load_E.sum() - self.load_E * self.load_E.numel()
+            self.bias_E += self.bias_update_rate * torch.sign(short_E).to(torch.float32)
+            if self.bias_limit is not None:
+                self.bias_E.clamp_(-self.bias_limit, self.bias_limit)
+        super().end_step(tokens_seen)
 
 
 def select(score_TE: Tensor, top_k: int) -> Tensor:

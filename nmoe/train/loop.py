@@ -20,10 +20,10 @@ from nmoe.checkpoint import environment, reader
 from nmoe.checkpoint.manifest import Identity, Manifest
 from nmoe.checkpoint.writer import CheckpointWriter
 from nmoe.data.loader import Prefetcher, TokenBatch
-from nmoe.errors import ConfigError, Diagnostic, NmoeError, fail
+from nmoe.errors import ConfigError, Diagnostic, NmoeError, RunError, fail
 from nmoe.eval import bpb
 from nmoe.graph import build
-from nmoe.metrics import router_health
+from nmoe.metrics import router_collapse, router_health
 from nmoe.metrics.reader import last_value
 from nmoe.metrics.sink import Sink
 from nmoe.metrics.throughput import Throughput
@@ -120,6 +120,8 @@ class Attempt:
         self.progress = Progress(
             total_steps=plan.total_steps, total_tokens=plan.total_tokens, every=self.output.progress_every
         )
+        watched = self.output.router_collapse
+        self.collapse = None if watched is None else watched.build()
         self.throughput = Throughput()
         self.held_up = 0.0
         self.bits: float | None = None
@@ -247,29 +249,48 @@ class Attempt:
                 result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=self.observe)
                 self.observe(step, "router")
                 health = {
-                    layer: router_health.health(router.load_E, router.bias_E) for layer, router in self.graph.routers()
+                    layer: router_health.health(router.load_E, router.bias_E, router.losses())
+                    for layer, router in self.graph.routers()
                 }
                 for _, router in self.graph.routers():
-                    router.end_step()
+                    router.end_step(seen)
                 self.state.advance(tokens)
                 now = time.perf_counter()
                 self.throughput.step(tokens, now - started)
                 self.progress.step(step, seen, result.loss, result.bits_per_byte, self.throughput)
 
                 self.observe(step, "metrics")
+                stopping = self._look_for_collapse(step, health)
                 evaluation = self._evaluate_if_due(step, seen)
                 # The one look at signals: what comes after it ends the next step, so the last step of an
                 # attempt always has its metrics and its checkpoint.
                 is_last = step == self.last_step or stop.name is not None
-                if step % self.output.metrics_every == 0 or is_last or evaluation is not None:
+                if step % self.output.metrics_every == 0 or is_last or evaluation or stopping:
                     seconds = {**result.seconds, "loader": loaded - started, "step": now - started}
                     self._record(sink, batch, result, health, seconds)
                     if evaluation is not None:
                         self._record_evaluation(sink, *evaluation)
                     sink.commit(step, seen, time.time_ns())
                 self.writer.check()
+                if stopping is not None:
+                    # Not saved: the older checkpoints, from which the run can still be mended, keep their places.
+                    raise stopping
                 if step % self.output.checkpoint_every == 0 or is_last:
                     self._save(sink)
+
+    def _look_for_collapse(self, step: int, health: dict[int, router_health.Health]) -> RunError | None:
+        """Says which routers have collapsed, here and in the run's events; the error, if that is to stop the run."""
+        spec = self.output.router_collapse
+        found = [] if self.collapse is None else self.collapse.look(step, health)
+        if spec is None or not found:
+            return None
+        for one in found:
+            self.run_dir.event("router_collapse", action=spec.action, **attrs.asdict(one))
+        if spec.action == "stop":
+            return router_collapse.stopped(found, run=str(self.run_dir.path))
+        for one in found:
+            self.progress.say(f"step {step}: warning: {one}")
+        return None
 
     def _evaluate_if_due(self, step: int, seen: int) -> tuple[bpb.BpbResult, float] | None:
         spec = self.plan.config.eval.bpb

@@ -6,6 +6,9 @@ The loss is the mean over the step's tokens:
 
     L = (1 / T) sum over microbatches v of sum over tokens t in v of -log p(target_t),   T = B * S
 
+Balance losses that the plan asks for join in backward, in the routers (`nmoe.model.balance`), at the
+scale of this mean; they are no part of L.
+
 Nothing is written before the verdict: a loss or a gradient norm that is not finite stops the run
 with weights, moments, counters and router biases as they were.
 """

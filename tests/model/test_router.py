@@ -6,10 +6,10 @@ import torch
 from nmoe.model.router import SigmoidRouter, SoftmaxRouter, select
 
 
-def make(experts=8, top_k=3, scale=2.5, rate=0.01, hidden=16):
+def make(experts=8, top_k=3, scale=2.5, rate=0.01, hidden=16, limit=None, until=None):
     router = SigmoidRouter(
         hidden_size=hidden, num_experts=experts, top_k=top_k, num_groups=1, top_groups=1,
-        route_scale=scale, bias_update_rate=rate,
+        route_scale=scale, bias_update_rate=rate, bias_limit=limit, bias_until_tokens=until,
     )  # fmt: skip
     router.weight_ED.data.normal_(generator=torch.Generator().manual_seed(0))
     return router
@@ -80,18 +80,18 @@ def test_loads_count_in_training_only():
 def test_the_bias_moves_towards_the_mean_load():
     router = make(experts=4, top_k=1, rate=0.25)
     router.load_E.copy_(torch.tensor([5, 7, 6, 6]))
-    router.end_step()
+    router.end_step(0)
     assert router.bias_E.tolist() == [0.25, -0.25, 0.0, 0.0]
     assert router.load_E.tolist() == [0] * 4
     router.load_E.copy_(torch.tensor([0, 0, 0, 1]))  # the mean is no integer
-    router.end_step()
+    router.end_step(0)
     assert router.bias_E.tolist() == [0.5, 0.0, 0.25, -0.25]
 
 
 def test_equal_loads_of_any_size_leave_the_bias():
     router = make(experts=3, top_k=1)
     router.load_E.fill_(2**40 + 1)
-    router.end_step()
+    router.end_step(0)
     assert router.bias_E.tolist() == [0.0] * 3
 
 
@@ -101,7 +101,7 @@ def test_balancing_a_skewed_router_lowers_its_largest_load():
     router(x)
     first = int(router.load_E.max())
     for _ in range(200):
-        router.end_step()
+        router.end_step(0)
         router(x)
     assert int(router.load_E.max()) < 0.75 * first
 
@@ -114,5 +114,5 @@ def test_a_softmax_router_has_no_bias_and_counts():
     assert torch.equal(router.load_E, indices_TK.flatten().bincount(minlength=6))
     chosen = torch.softmax((x_of() @ router.weight_ED.T).double().gather(1, indices_TK), dim=1)
     assert (weights_TK - chosen).abs().max() < 1e-6  # Mixtral's words: softmax over the chosen scores
-    router.end_step()
+    router.end_step(0)
     assert not router.load_E.any()

@@ -142,7 +142,7 @@ def one_step(graph: TrainingGraph, state: TrainState) -> dict[str, torch.Tensor]
     tokens = state.tokens_seen + graph.tokens_per_step
     run_step(graph, batch, step=state.step + 1, tokens_seen=tokens, observe=lambda step, phase: None)
     for _, router in graph.routers():
-        router.end_step()
+        router.end_step(tokens)
     return {name: tensor.clone() for name, tensor in graph.state().items()}
 
 
