@@ -39,20 +39,17 @@ class RouterCollapse(Component):
             yield Problem(
                 path=path, message=f"[{path}] names no threshold", help="add dead_share, max_load or both",
             )
-        router = config.model.moe.router
-        if self.dead_share is not None and self.dead_share * router.num_experts > router.num_experts - router.top_k:
+        experts, top_k = config.model.moe.router.num_experts, config.model.moe.router.top_k
+        never = f"is never reached: a token uses {top_k} of {experts} experts, each once"
+        if self.dead_share is not None and self.dead_share * experts > experts - top_k >= 0:
             yield Problem(
-                path=f"{path}.dead_share",
-                message=f"dead_share = {self.dead_share} is never reached: every token uses {router.top_k} of "
-                f"{router.num_experts} experts",
-                help=self._most("dead_share", (router.num_experts - router.top_k) / router.num_experts, 0.0),
+                path=f"{path}.dead_share", message=f"dead_share = {self.dead_share} {never}",
+                help=self._most("dead_share", 1 - top_k / experts, 0.0),
             )
-        if self.max_load is not None and self.max_load * router.top_k > router.num_experts:
+        if self.max_load is not None and self.max_load * top_k > experts >= top_k:
             yield Problem(
-                path=f"{path}.max_load",
-                message=f"max_load = {self.max_load} is never reached: a token uses {router.top_k} of "
-                f"{router.num_experts} experts, each once",
-                help=self._most("max_load", router.num_experts / router.top_k, 1.0),
+                path=f"{path}.max_load", message=f"max_load = {self.max_load} {never}",
+                help=self._most("max_load", experts / top_k, 1.0),
             )
         steps = -(-config.schedule.total_tokens // config.batch.tokens_per_step)
         if self.window > steps:
@@ -64,7 +61,7 @@ class RouterCollapse(Component):
 
     @staticmethod
     def _most(name: str, most: float, above: float) -> str:
-        return f"set {name} to at most {most:.6g}" if most > above else f"remove {name}: every token uses every expert"
+        return f"set {name} to at most {most:g}" if most > above else f"remove {name}: all experts are used alike"
 
     def build(self):
         from nmoe.metrics.router_collapse import CollapseDetector

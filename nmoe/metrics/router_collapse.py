@@ -30,9 +30,9 @@ class Collapse:
     def __str__(self) -> str:
         steps = "in this step" if self.window == 1 else f"for {self.window} steps"
         if self.figure == "dead_share":
-            what = f"{self.value:.3g} of its experts had no token, at least {self.threshold:.3g} {steps}"
+            what = f"{self.value:.3g} of its experts had no token, at least {self.threshold:g} {steps}"
         else:
-            what = f"one expert had {self.value:.3g} times the mean load, at least {self.threshold:.3g} {steps}"
+            what = f"one expert had {self.value:.3g} times the mean load, at least {self.threshold:g} {steps}"
         return f"the router of layer {self.layer} has collapsed: {what}"
 
 

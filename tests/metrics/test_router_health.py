@@ -55,18 +55,21 @@ def test_rows_and_aggregates_are_in_the_list():
     zero = torch.zeros(4)
     layers = {
         1: health(torch.tensor([4, 4, 4, 4]), zero, {}),
-        2: health(torch.tensor([8, 8, 0, 0]), torch.tensor([-0.5, 0.0, 0.25, 0.5]), {}),
+        2: health(torch.tensor([8, 8, 0, 0]), torch.tensor([-0.5, 0.0, 0.25, 0.5]), {"sequence_balance_loss": 1.5}),
+        3: health(torch.tensor([4, 4, 4, 4]), None, {"balance_loss": 2.5, "z_loss": 0.5}),
     }
     got = list(rows(layers))
     for name, layer, expert, value in [*got, *expert_rows(2, torch.tensor([8, 8, 0, 0]))]:
         given = dict.fromkeys(schema.COLUMNS) | {"layer": layer, "expert": expert}
         schema.check(schema.lookup(name), given, value)
     named = {(name, layer): value for name, layer, _, value in got}
-    assert len(named) == len(got) == 2 * 8 + 7
+    assert len(named) == len(got) == (8 + 0) + (8 + 1) + (5 + 2) + 7
     assert named["router/entropy", 2] == pytest.approx(0.5)
-    assert named["router/mean_entropy", None] == pytest.approx(0.75)
+    assert named["router/sequence_balance_loss", 2] == 1.5
+    assert (named["router/balance_loss", 3], named["router/z_loss", 3]) == (2.5, 0.5)
+    assert named["router/mean_entropy", None] == pytest.approx(2.5 / 3)
     assert named["router/min_entropy", None] == pytest.approx(0.5)
-    assert named["router/mean_load_cv", None] == pytest.approx(0.5)
+    assert named["router/mean_load_cv", None] == pytest.approx(1 / 3)
     assert named["router/max_load", None] == 2.0
     assert named["router/min_load", None] == 0.0
     assert named["router/total_dead_experts", None] == 2.0

@@ -95,6 +95,30 @@ def test_equal_loads_of_any_size_leave_the_bias():
     assert router.bias_E.tolist() == [0.0] * 3
 
 
+def test_a_limited_bias_goes_no_further_and_comes_back():
+    router = make(experts=4, top_k=1, rate=0.25, limit=0.4)
+    for _ in range(3):
+        router.load_E.copy_(torch.tensor([5, 7, 6, 6]))
+        router.end_step(0)
+    limit = torch.tensor(0.4).item()  # as float32 has it
+    assert router.bias_E.tolist() == [limit, -limit, 0.0, 0.0]
+    router.load_E.copy_(torch.tensor([7, 5, 6, 6]))
+    router.end_step(0)
+    assert router.bias_E.tolist() == pytest.approx([0.15, -0.15, 0.0, 0.0])
+
+
+def test_a_bias_ends_after_its_tokens_and_loads_are_still_forgotten():
+    router = make(experts=4, top_k=1, rate=0.25, until=192)
+    moved = []
+    for step in (1, 2, 3, 4, 5):
+        before = router.bias_E.clone()
+        router.load_E.copy_(torch.tensor([5, 7, 6, 6]))
+        router.end_step(64 * step)
+        moved.append(not torch.equal(router.bias_E, before))
+        assert not router.load_E.any()
+    assert moved == [True, True, True, False, False]
+
+
 def test_balancing_a_skewed_router_lowers_its_largest_load():
     router, x = make(experts=8, top_k=2, rate=0.005), x_of(512) + 0.5
     router.weight_ED.data[0] += 0.3

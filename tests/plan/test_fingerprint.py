@@ -1,6 +1,7 @@
 """One tree has one fingerprint however it is written; each key inside changes it and no key outside does."""
 
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from nmoe.plan.toml import toml_of
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
 BASES = {name: (HERE / f"{name}.toml").read_text() for name in ("base", "mixture")}
+SOFTMAX = 'kind = "softmax"\nnum_experts = 8\ntop_k = 2\nrenormalize = true\nbalance_loss = 1e-3\nz_loss = 1e-3\n'
+BASES["softmax"] = re.sub(r"(?<=\[model.moe.router\]\n)(.+\n)+", SOFTMAX, BASES["base"])
 PLANS = {name: resolve_text(text, f"{name}.toml") for name, text in BASES.items()}
 
 
@@ -142,7 +145,9 @@ OTHERS = {
         "model.moe.router.top_groups": [], "data.sources": [["data/x", "data/y"]],
         "data.stages.0.weights": [[3, 2]], "data.stages.1.weights": [[0, 5]],
         "data.stages.0.until_tokens": [262144], "data.stages.1.until_tokens": [], "eval.bpb.heldout": ["elsewhere"],
+        "model.moe.router.bias_limit": [0.5],
     },
+    "softmax": {"model.moe.router.kind": []},
 }  # fmt: skip
 
 
@@ -167,6 +172,8 @@ def others(name, path, field, value):
 def changes():
     for name, plan in PLANS.items():
         for path, spec in components(plan.config):
+            if name == "softmax" and path != ("model", "moe", "router"):
+                continue  # the rest of it is base.toml
             for field in fields_of(type(spec)).values():
                 if is_section(field):
                     continue
