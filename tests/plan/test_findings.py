@@ -25,9 +25,9 @@ def test_the_whole_of_one():
     assert error.exit_code == 2
     assert error.render() == (
         "error[N0112]: unknown key `intermediate` in `model.moe.experts`\n"
-        "  --> configs/x.toml:52\n"
+        "  --> configs/x.toml:55\n"
         "   |\n"
-        "52 | intermediate = 16\n"
+        "55 | intermediate = 16\n"
         "   | ^^^^^^^^^^^^\n"
         "   = help: did you mean `intermediate_size`?\n"
         '   = note: keys of kind "fp32": intermediate_size (required)'
@@ -45,7 +45,7 @@ def test_all_at_once_in_the_order_of_the_file():
     )
     # The schedule comes first because no line of the file is at fault for what is missing.
     assert [(d.code, d.line) for d in error.diagnostics] == [
-        ("N0111", 0), ("N0115", 3), ("N0114", 12), ("N0113", 18), ("N0117", 45), ("N0112", 90), ("N0117", 106),
+        ("N0111", 0), ("N0115", 3), ("N0114", 12), ("N0113", 18), ("N0117", 45), ("N0112", 93), ("N0117", 109),
     ]  # fmt: skip
 
 
