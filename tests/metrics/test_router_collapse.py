@@ -34,7 +34,8 @@ def test_a_finding_is_the_first_whole_window_past_a_threshold(window):
         ):
             whole = [end >= window and all(past[end - window : end]) for end in range(len(past) + 1)]
             expected = [end for end in range(1, len(past) + 1) if whole[end] and not whole[end - 1]]
-            assert [one.step for step in found for one in step if (one.layer, one.figure) == (layer, figure)] == expected
+            mine = [one for step in found for one in step if (one.layer, one.figure) == (layer, figure)]
+            assert [one.step for one in mine] == expected
             assert expected
 
 
