@@ -1,6 +1,7 @@
 """[output]: where a run lies, how often it speaks, what it keeps, where it stops; it changes no bit of training."""
 
 from collections.abc import Iterator
+from math import floor
 from posixpath import basename, dirname, join, normpath
 
 import attrs
@@ -61,7 +62,8 @@ class RouterCollapse(Component):
 
     @staticmethod
     def _most(name: str, most: float, above: float) -> str:
-        return f"set {name} to at most {most:g}" if most > above else f"remove {name}: all experts are used alike"
+        rounded = floor(most * 10_000) / 10_000  # rounded to nearest it could be past what it names
+        return f"set {name} to at most {rounded:g}" if rounded > above else f"remove {name}: all experts are used alike"
 
     def build(self):
         from nmoe.metrics.router_collapse import CollapseDetector
