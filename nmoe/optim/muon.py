@@ -9,7 +9,9 @@ With G the scaled gradient of one matrix of A rows and B columns, r the rate:
 
 f is "original" sqrt(max(1, A / B)) or "match_rms_adamw" 0.2 sqrt(max(A, B)): torch.optim.Muon's rule
 and names. A tensor of more than two dimensions is a stack of matrices, its last two dimensions: each
-expert has its own norm and its own iteration.
+expert has its own norm and its own iteration. So have gate and up, which only share a tensor
+(w_gate_up_E2FD, w_gate_up_2FD): they are two maps of x, and one iteration over both would orthogonalise
+the one against the other.
 
 All matrices that have one shape, up to transposition, over all tensors, go through one chain of
 batched products (cut into pieces of a bounded size). A product's bits for one matrix do not depend on
@@ -95,21 +97,18 @@ class Muon(Group):
     def step(self, *, step: int, scale: float, grad_scale: torch.Tensor) -> None:
         gradients = dict(zip(self.masters, self.scaled_gradients(grad_scale), strict=True))
         rate = self.rate(scale)
-        rounded = self.state_dtype != torch.float32
-        update = self.rounding.advance() if rounded else 0
-        masters = {k: t.float() for k, t in self.masters.items()} if rounded else self.masters
-        momentum = {k: t.float() for k, t in self.momentum.items()} if rounded else self.momentum
-        if gradients:
-            torch._foreach_lerp_(list(momentum.values()), list(gradients.values()), 1.0 - self.mu)
-            torch._foreach_mul_(list(masters.values()), 1.0 - rate * self.weight_decay)
+        update = self.rounding.advance() if self.state_dtype != torch.float32 else 0
         for (short, long), piece in self._pieces:
             device = gradients[piece[0][0]].device
             x_NAB = torch.empty(sum(stop - start for _, start, stop in piece), short, long, device=device)
             place = 0
             for logical, start, stop in piece:
-                part = matrices(momentum[logical])[start:stop]
-                if self.nesterov:
-                    part = torch.lerp(matrices(gradients[logical].contiguous())[start:stop], part, self.mu)
+                gradient = matrices(gradients[logical].contiguous())[start:stop]
+                kept = matrices(self.momentum[logical])[start:stop]
+                moved = kept.float()
+                moved.lerp_(gradient, 1.0 - self.mu)
+                self._keep(kept, moved, start, f"muon.momentum/{logical}", update)
+                part = torch.lerp(gradient, moved, self.mu) if self.nesterov else moved
                 out = x_NAB[place : place + stop - start]
                 out.copy_(part if part.shape[-2:] == out.shape[-2:] else part.mT)
                 place += stop - start
@@ -118,17 +117,20 @@ class Muon(Group):
             )
             place = 0
             for logical, start, stop in piece:
-                part = matrices(masters[logical])[start:stop]
+                kept = matrices(self.masters[logical])[start:stop]
+                moved = kept.float().mul_(1.0 - rate * self.weight_decay)
                 x = x_NAB[place : place + stop - start]
-                factor = self.factor(part.shape[-2], part.shape[-1])
-                part.add_(x if part.shape[-2:] == x.shape[-2:] else x.mT, alpha=-rate * factor)
+                factor = self.factor(moved.shape[-2], moved.shape[-1])
+                moved.add_(x if moved.shape[-2:] == x.shape[-2:] else x.mT, alpha=-rate * factor)
+                self._keep(kept, moved, start, f"master/{logical}", update)
                 place += stop - start
-        if rounded:
-            for kind, values, kept in (("master", masters, self.masters), ("muon.momentum", momentum, self.momentum)):
-                for logical, value in values.items():
-                    out = kept[logical].view(-1)
-                    self.rounding.write(out, value.view(-1), update=update, tensor=f"{kind}/{logical}")
         self.refresh()
+
+    def _keep(self, kept: torch.Tensor, moved: torch.Tensor, start: int, name: str, update: int) -> None:
+        """Writes float32 matrices from number `start` on back into bfloat16 state; float32 state is them already."""
+        if kept.dtype != torch.float32:
+            first = start * moved[0].numel()
+            self.rounding.write(kept.view(-1), moved.view(-1), update=update, tensor=name, start=first)
 
 
 def matrices(tensor: torch.Tensor) -> torch.Tensor:

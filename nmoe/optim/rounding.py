@@ -44,13 +44,15 @@ class Rounding:
     def write(self, out: torch.Tensor, value: torch.Tensor, *, update: int, tensor: str, start: int = 0) -> None:
         """Rounds float32 `value` into bfloat16 `out`: flat, contiguous, of one length.
 
-        tensor: the name of the logical tensor; start: where `out` begins in it, a multiple of BLOCK.
+        tensor: the name of the logical tensor; start: where `out` begins in it. An element's bits depend on
+        its place in the logical tensor, not on where the parts are cut.
         Sound for finite values; one above the largest bfloat16 (3.39e38) may become infinite.
         """
-        if start % BLOCK:
-            raise ValueError(f"start {start} is not a multiple of {BLOCK}")
-        for offset in range(0, value.numel(), BLOCK):
-            part = value[offset : offset + BLOCK]
-            noise = self.noise(update, tensor, (start + offset) // BLOCK, part.numel())
+        done = 0
+        while done < value.numel():
+            block, skipped = divmod(start + done, BLOCK)
+            part = value[done : done + BLOCK - skipped]
+            noise = self.noise(update, tensor, block, skipped + part.numel())[skipped:]
             bits = part.view(torch.int32) + noise.to(part.device)
-            out[offset : offset + BLOCK].view(torch.int16).copy_(bits >> 16)
+            out[done : done + part.numel()].view(torch.int16).copy_(bits >> 16)
+            done += part.numel()

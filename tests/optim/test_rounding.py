@@ -56,8 +56,14 @@ def test_bits_are_named():
     assert torch.equal(whole[2 * BLOCK :], rounded(value[2 * BLOCK :].clone(), start=2 * BLOCK))
     for other in ({"update": 2}, {"tensor": "v"}, {"seed": 1}, {"start": BLOCK}):
         assert not torch.equal(whole, rounded(value, **other)), other
-    with pytest.raises(ValueError, match="multiple"):
-        rounded(value, start=5)
+
+
+@pytest.mark.parametrize("cut", [1000, BLOCK - 1, BLOCK, BLOCK + 5])
+def test_bits_do_not_depend_on_where_a_tensor_is_cut(cut):
+    torch.manual_seed(0)
+    value = torch.randn(2 * BLOCK + 77)
+    parts = [rounded(part.clone(), start=i * cut) for i, part in enumerate(value.split(cut))]
+    assert torch.equal(torch.cat(parts), rounded(value))
 
 
 def test_the_counter_is_the_whole_state():
