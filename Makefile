@@ -6,10 +6,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check goldens clean
+.PHONY: help quickstart test check goldens learning learning-goldens clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -37,6 +37,13 @@ check: $(VENV)/.installed-dev  ## lint and type-check all three source folders
 
 goldens: $(VENV)/.installed-dev  ## rewrite the golden files; a change needs a line in CHANGELOG.md
 	$(BIN)/python -m tests.golden.refresh
+
+learning: $(VENV)/.installed-dev  ## train every kind of router, attention and optimizer; print their losses
+	$(BIN)/python -m tests.learning.kinds
+
+learning-goldens: $(VENV)/.installed-dev  ## rewrite the golden curve and the figures of experts against dense layers
+	$(BIN)/python -m tests.learning.curve
+	$(BIN)/python -m tests.learning.against_dense
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -56,7 +56,7 @@ class AdamW(Group):
 
 @attrs.frozen(kw_only=True)
 class Muon(Group):
-    """Orthogonalised momentum (Jordan et al., 2024), each matrix on its own: an expert's gate, up and down are three."""
+    """Orthogonalised momentum (Jordan et al., 2024), each matrix on its own; an expert has three."""
 
     momentum: float = key("decay of the momentum", default=0.95, minimum=0.0, below=1.0)
     nesterov: bool = key("look one step ahead", default=True)
