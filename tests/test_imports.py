@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"plan", "registry", "platform"} | RUNTIME,
     "eval": {"plan", "registry"} | RUNTIME,
     "report": {"plan", "registry", "metrics"},
-    "export": {"plan", "registry", "checkpoint", "model"},
+    "export": {"plan", "registry", "checkpoint", "data", "metrics", "model"},
     "bench": {"plan", "registry", "platform", "graph"} | RUNTIME | {"kernels"},
     "train": {"graph", "checkpoint", "eval", "report", "plan", "registry", "platform"} | RUNTIME,
     "cli": {"train", "graph", "checkpoint", "eval", "report", "bench", "export", "plan", "registry", "platform"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from nmoe.checkpoint import disk
 from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.disk import Damage
-from nmoe.checkpoint.manifest import Manifest
+from nmoe.checkpoint.manifest import Manifest, TensorRecord
 from nmoe.checkpoint.verify import check_objects, read_head, read_manifest
 from nmoe.errors import RunError, fail
 
@@ -77,16 +77,28 @@ def read_into(
     difference is reported at once, and then nothing has been touched (RunError N0305). RunError
     N0303 if an object is no longer what was verified; the tensors are then not to be used.
     """
+    _check_names(manifest, manifest.tensors, tensors)
+    _read(Path(directory), manifest, tensors, threads)
+
+
+def read_some(
+    directory: str | os.PathLike[str], manifest: Manifest, tensors: Mapping[str, "torch.Tensor"], *, threads: int = 4
+) -> None:
+    """As read_into, of a part of the checkpoint: what `manifest` has beside `tensors` is left alone."""
+    named = {name: record for name, record in manifest.tensors.items() if name in tensors}
+    _check_names(manifest, named, tensors)
+    _read(Path(directory), manifest, tensors, threads)
+
+
+def _read(directory: Path, manifest: Manifest, tensors: Mapping[str, "torch.Tensor"], threads: int) -> None:
+    """Fills `tensors`, whose names, shapes and dtypes have been checked."""
     import torch
 
     if sys.byteorder != "little":
         raise fail("N0306", "checkpoints are little-endian, and this machine is not")
-    directory = Path(directory)
-    _check_names(manifest, tensors)
-
     with torch.no_grad(), ThreadPoolExecutor(threads, thread_name_prefix="read") as pool:
-        for name, record in manifest.tensors.items():
-            target = tensors[name].detach()
+        for name, tensor in tensors.items():
+            record, target = manifest.tensors[name], tensor.detach()
             direct = target.device.type == "cpu" and target.is_contiguous()
             landing = target if direct else torch.empty(record.shape, dtype=target.dtype)
             content = landing.reshape(-1).view(torch.uint8).numpy().data
@@ -115,12 +127,15 @@ def _read_object(directory: Path, sha256: str, part: memoryview) -> str:
     return ""
 
 
-def _check_names(manifest: Manifest, tensors: Mapping[str, "torch.Tensor"]) -> None:
-    saved, wanted = manifest.tensors.keys(), tensors.keys()
+def _check_names(
+    manifest: Manifest, records: Mapping[str, TensorRecord], tensors: Mapping[str, "torch.Tensor"]
+) -> None:
+    """RunError N0305 unless `tensors` are those of `records`, which are `manifest`'s."""
+    saved, wanted = records.keys(), tensors.keys()
     findings = [f"`{name}` is in the checkpoint and not in this program" for name in saved - wanted]
     findings += [f"`{name}` is in this program and not in the checkpoint" for name in wanted - saved]
     for name in saved & wanted:
-        record, tensor = manifest.tensors[name], tensors[name]
+        record, tensor = records[name], tensors[name]
         there, here = (record.dtype, record.shape), (dtype_name(tensor), tuple(tensor.shape))
         if there != here:
             kinds = [f"{dtype} {list(shape)}" for dtype, shape in (there, here)]

@@ -108,7 +108,7 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`. end_of_document: the token that ends a document, as it stands in the file.
 
     vocab_size is the largest id plus one. Truncation and padding of the file are switched off, and
-    no special tokens are added.
+    no special tokens are added. content: the file's bytes.
     """
 
     kind = "huggingface"
@@ -116,7 +116,7 @@ class HuggingFaceTokenizer:
     def __init__(self, *, path: str, end_of_document: str):
         import tokenizers
 
-        content = _read(path)
+        self.content = content = _read(path)
         try:
             specification = json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -139,7 +139,7 @@ class HuggingFaceTokenizer:
             raise _bad_file(
                 path, f"it has no token `{end_of_document}`", help=f"name its end-of-document token, one of: {names}"
             )
-        self._end_of_document_name = end_of_document
+        self.end_of_document_name = end_of_document
         self.end_of_document = int(vocabulary[end_of_document])
         self.vocab_size = max(vocabulary.values()) + 1
         if self.vocab_size > MAX_VOCAB:
@@ -166,7 +166,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(
                 Diagnostic(
                     code="N0231",
-                    message=f"text was encoded to the end-of-document token `{self._end_of_document_name}`",
+                    message=f"text was encoded to the end-of-document token `{self.end_of_document_name}`",
                     help="mark it as special in the tokenizer.json, or name another token",
                 )
             )

@@ -4,7 +4,7 @@
     layers     one tree out of `extends`, the file and `--set`, with the origin of every value
     structure  the tree checked against the specs of the closed table, all findings at once
     resolve    the whole way: text to Plan
-    canonical, fingerprint, cost, groups   what follows from a resolved tree
+    canonical, fingerprint, cost, groups, families   what follows from a resolved tree
     render, graph_picture, schema, diff, toml   the plan for people, editors and other programs
 
 Nothing here imports torch. Codes of the findings:

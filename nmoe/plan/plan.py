@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from nmoe.plan.families import StockClass
 from nmoe.plan.groups import GroupRow
 from nmoe.registry.config import Config
 
@@ -35,6 +36,7 @@ class Plan:
     tree_digest: over everything.
     flops_per_token: of training, forward and backward. memory_bytes_per_rank: by kind, and `total`.
     runnable, reasons: whether every part has its kernels on the target, and which has not.
+    stock_class: what `nmoe export` writes the model as, or why it cannot.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Plan:
     ranks_per_node: int
     runnable: bool
     reasons: tuple[str, ...]
+    stock_class: StockClass
 
     def to_json(self) -> dict[str, Any]:
         """The plan as data for `json.dumps`: nothing but dicts, lists, strings, numbers and booleans."""
@@ -67,6 +70,11 @@ class Plan:
             "sections": dict(self.sections),
             "runnable": self.runnable,
             "reasons": list(self.reasons),
+            "export": {
+                "as": self.stock_class.name,
+                "nearest": self.stock_class.nearest,
+                "reasons": list(self.stock_class.reasons),
+            },
             "parameters": {"total": self.parameters_total, "active": self.parameters_active},
             "flops_per_token": self.flops_per_token,
             "tokens_per_step": self.tokens_per_step,

@@ -182,3 +182,6 @@ def _platform(plan: Plan) -> Iterator[str]:
     yield f"  needs     {hardware.get(platform.target, threads)}"
     yield f"  runnable  {'yes' if plan.runnable else 'no'}"
     yield from (f"            {ascii_text(reason)}" for reason in plan.reasons)
+    stock = plan.stock_class
+    yield f"  export    {f'as {stock.name}' if stock.name else f'no: {stock.nearest} is the nearest'}"
+    yield from (f"            {reason}" for reason in stock.reasons)

@@ -15,6 +15,7 @@ from nmoe.errors import ConfigError, Diagnostic
 from nmoe.plan import fingerprint
 from nmoe.plan.canonical import MAX_INT
 from nmoe.plan.cost import Cost, cost_of
+from nmoe.plan.families import stock_class
 from nmoe.plan.groups import group_rows
 from nmoe.plan.layers import Tree, load, load_text
 from nmoe.plan.plan import Milestone, Plan
@@ -165,6 +166,7 @@ def _complete(tree: Tree, config: Config, ranks: int, ranks_per_node: int) -> Pl
         ranks_per_node=ranks_per_node,
         runnable=not reasons,
         reasons=reasons,
+        stock_class=stock_class(config.model),
     )
 
 
