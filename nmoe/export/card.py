@@ -65,7 +65,7 @@ def card(facts: Facts) -> str:
             "",
             f"Loaded by transformers {facts.library_version} and compared with the run's own model, both in float32,",
             f"on {check.tokens:,} of {check.all_tokens:,} tokens: no logit differs by more than",
-            f"{check.difference:.1e} of the largest, and {check.ties:,} of {check.choices:,} choices of experts differ.",
+            f"{check.difference:.1e} of the largest; {check.ties:,} of {check.choices:,} choices of experts differ.",
             "",
             "## Use",
             "",

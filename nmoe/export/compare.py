@@ -11,6 +11,7 @@ allowed for TIES of all choices, where a wrong bias, scale or group would change
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import attrs
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from nmoe import rng
 from nmoe.errors import fail
-from nmoe.export import library
 from nmoe.model.router import Router
 from nmoe.model.transformer import Transformer
 
@@ -29,6 +29,8 @@ DIFFERENCE = 1e-4
 TIES = 0.01
 SEQUENCES = 8
 TOKENS = 64
+
+REPORT = "nothing was exported; this is a fault of nmoe or of the library: report it with these notes"
 
 
 @attrs.frozen(kw_only=True)
@@ -66,27 +68,32 @@ def own_outputs(model: Transformer, ids_BS: Tensor) -> Outputs:
     return Outputs(logits_TV, tuple(chosen))
 
 
-@torch.no_grad()
-def library_outputs(directory: Path, architecture: str, ids_BS: Tensor) -> Outputs:
-    """What the library gives after loading `directory` as any user would, but in float32.
+def load(transformers: ModuleType, directory: Path, architecture: str) -> Any:
+    """The model that the library makes of `directory`, as for any user, but in float32 and in evaluation mode.
 
-    RunError N0915 if it makes another class of it, or misses a tensor, or has one left over.
+    RunError N0915 if it is another class, or misses a tensor, or has one left over.
     """
-    with library.transformers() as transformers:
-        transformers.utils.logging.disable_progress_bar()
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-        faults = [f"{kind}: {', '.join(sorted(map(str, names))[:8])}" for kind, names in report.items() if names]
-        if type(model).__name__ != architecture or faults:
-            raise fail(
-                "N0915", f"the library makes a {type(model).__name__} of it, and not without faults" if faults
-                else f"the library makes a {type(model).__name__} of it, not a {architecture}",
-                place=str(directory), help="nothing was exported; report it with these notes", notes=faults,
-            )  # fmt: skip
-        gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-        with _chosen(gates, 2) as chosen:
-            logits_TV = model.eval()(ids_BS).logits.flatten(0, 1)
+    transformers.utils.logging.disable_progress_bar()
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+    )
+    faults = [f"{kind}: {', '.join(sorted(map(str, names))[:8])}" for kind, names in report.items() if names]
+    if type(model).__name__ != architecture:
+        faults.insert(0, f"it is a {type(model).__name__}, not a {architecture}")
+    if faults:
+        raise fail(
+            "N0915", "the library does not load what was written as it is meant", place=str(directory),
+            help=REPORT, notes=faults,
+        )  # fmt: skip
+    return model
+
+
+@torch.no_grad()
+def library_outputs(model: Any, ids_BS: Tensor) -> Outputs:
+    """What a model of `load` gives."""
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    with _chosen(gates, 2) as chosen:
+        logits_TV = model(ids_BS).logits.flatten(0, 1)
     return Outputs(logits_TV, tuple(chosen))
 
 
@@ -122,7 +129,7 @@ def compare(ours: Outputs, theirs: Outputs, *, sequences: int, place: str) -> Co
     if not difference <= DIFFERENCE or result.ties > TIES * result.choices:
         raise fail(
             "N0915", "the exported model does not compute what the run's does", place=place,
-            help="nothing was exported; report it with these notes",
+            help=REPORT,
             notes=(
                 f"largest difference of a logit: {difference:.1e} of the largest logit, where {DIFFERENCE:.0e} may be",
                 f"{result.ties} of {result.choices} choices of experts differ",

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import importlib.metadata
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,9 @@ from nmoe.registry.data import Corpus
 from nmoe.registry.experts import Fp32Experts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Every file of an export.
+OURS = re.compile(r"README\.md|(generation_|tokenizer_)?config\.json|tokenizer\.json|model[-.][-\w.]*safetensors[\w.]*")
 
 Say = Callable[[str], None]
 
@@ -74,7 +78,7 @@ def export(run: Path, directory: Path, *, tokenizer_path: str | None = None, say
     with _partial(directory) as partial:
         say(f"reading step {manifest.step} of {run} (verified)")
         model = own_model(plan.config, run / "checkpoints", manifest)
-        weights.write(partial, pieces(model, plan.config, architecture), say)
+        weights.write(partial, pieces(model, DTYPES[plan.config.model.dtype], architecture), say)
         context = plan.config.batch.sequence_length
         config = config_json(plan.config.model, architecture, context=context, end_of_document=end_of_document)
         weights.write_json(partial / "config.json", config)
@@ -89,7 +93,8 @@ def export(run: Path, directory: Path, *, tokenizer_path: str | None = None, say
         ids_BS = compare.sample(plan.config.model.vocab_size, context)
         ours = compare.own_outputs(model, ids_BS)
         del model  # two float32 models at a time would be twice the memory
-        theirs = compare.library_outputs(partial, architecture, ids_BS)
+        with library.transformers() as transformers:
+            theirs = compare.library_outputs(compare.load(transformers, partial, architecture), ids_BS)
         comparison = compare.compare(ours, theirs, sequences=len(ids_BS), place=str(directory))
         facts = Facts(
             architecture=architecture, plan=plan, manifest=manifest, bits_per_byte=_bits_per_byte(run, plan, manifest),
@@ -155,9 +160,8 @@ def _moved_on(checkpoints: Path, manifest: Manifest, failure: RunError) -> RunEr
     )  # fmt: skip
 
 
-def pieces(model: Transformer, config: Config, architecture: str) -> Iterator[weights.Piece]:
-    """The stock tensors of `model`, in its order: in [model] dtype, and selection biases in float32."""
-    dtype = DTYPES[config.model.dtype]
+def pieces(model: Transformer, dtype: torch.dtype, architecture: str) -> Iterator[weights.Piece]:
+    """The stock tensors of `model`, in its order: in `dtype`, and selection biases in float32."""
     tensors = [(name, parameter.detach(), dtype) for name, parameter in model.named_parameters()]
     tensors += [(f"{layer}.moe.router.bias_E", b_E, torch.float32) for layer, b_E in selection_biases(model).items()]
     for name, tensor, stored in tensors:
@@ -219,9 +223,10 @@ def _require_free(directory: Path) -> None:
 def _partial(directory: Path) -> Iterator[Path]:
     """DIR.partial, ours alone and empty; at the end of the block it becomes DIR, after a failure it goes.
 
-    What a kill has left there is removed by the next export. RunError N0913 while another one writes there.
+    What a killed export has left there is removed, and nothing else: ConfigError N0911 if there is more. RunError
+    N0913 while another export writes there.
     """
-    target = directory.absolute()
+    target = directory.resolve()
     partial = target.with_name(f"{target.name}.partial")
     disk.make_directory(partial)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
@@ -232,7 +237,12 @@ def _partial(directory: Path) -> Iterator[Path]:
             if cause.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise disk.cannot("lock", partial, cause) from cause
             raise fail("N0913", "another export writes there", place=str(partial), help="wait for it") from None
-        for entry in partial.iterdir():
+        before = sorted(partial.iterdir())
+        foreign = [entry.name for entry in before if not OURS.fullmatch(entry.name) or not entry.is_file()]
+        if foreign:
+            message = f"`{partial}`, where the export is made, holds `{foreign[0]}`, which is not of one"
+            raise ConfigError(Diagnostic(code="N0911", message=message, help="move it away, or name another directory"))
+        for entry in before:
             disk.remove(entry)
         try:
             yield partial

@@ -1,0 +1,76 @@
+"""A short run of each family, trained once a session, and what its own graph computes."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from nmoe.checkpoint import environment, reader
+from nmoe.data import corpus
+from nmoe.graph import TrainingGraph, build
+from nmoe.plan.plan import Plan
+from nmoe.plan.resolve import resolve
+from nmoe.train.loop import train
+
+HERE = Path(__file__).parent
+ARCHITECTURES = {
+    "deepseek": "DeepseekV3ForCausalLM", "qwen": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM",
+}  # fmt: skip
+
+
+class Family:
+    """name: of the config beside this file. path: the finished run's directory."""
+
+    def __init__(self, name: str, config: Path, path: Path):
+        self.name, self.path = name, path
+        self.plan: Plan = resolve(config, [f"output.run_dir={json.dumps(str(path))}"])
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        assert train(self.plan, config_text="# a test's config\n").exit_code == 0
+        torch.use_deterministic_algorithms(deterministic)
+
+    def graph(self) -> TrainingGraph:
+        """The training graph at HEAD, as a resume restores it."""
+        graph = build(self.plan)
+        reader.read_into(self.path / "checkpoints", reader.require_head(self.path / "checkpoints"), graph.state())
+        graph.refresh()
+        return graph
+
+    @torch.no_grad()
+    def logits(self, ids_BS: torch.Tensor) -> torch.Tensor:
+        """(T, V), from the graph's model in float32."""
+        model = self.graph().model.eval().float()
+        return model.head(model(ids_BS))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _read_once():
+    """The packaged text and its tokens, which a process makes at each training and export, are made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        hashes = environment.source_hashes()
+        patch.setattr(environment, "source_hashes", lambda: hashes)
+        patch.setattr(corpus, "documents", cache(corpus.documents))
+        sources, load = {}, corpus.load
+
+        def load_once(name, part, tokenizer):
+            key = (name, part, tokenizer.digest)
+            if key not in sources:
+                sources[key] = load(name, part, tokenizer)
+            return sources[key]
+
+        patch.setattr(corpus, "load", load_once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """Makes a family's run when it is first asked for."""
+    made: dict[str, Family] = {}
+
+    def family(name: str) -> Family:
+        if name not in made:
+            made[name] = Family(name, HERE / f"{name}.toml", tmp_path_factory.mktemp("runs") / name)
+        return made[name]
+
+    return family
