@@ -52,8 +52,7 @@ def config_json(model: Model, architecture: str, *, context: int, end_of_documen
 
 def generation_config_json(end_of_document: int | None) -> dict[str, Any]:
     """The content of generation_config.json: how a generation begins and ends, sampling as the caller says."""
-    ids = {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
-    return {"_from_model_config": True, **ids}
+    return {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
 
 
 def _rope(attention: Attention) -> dict[str, Any]:

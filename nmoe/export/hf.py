@@ -6,12 +6,7 @@ loaded back by the library and compared with the run's own model before it gets 
 called DIR.partial, so that what is called DIR is whole, whatever happens in between.
 """
 
-import contextlib
-import errno
-import fcntl
 import importlib.metadata
-import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,28 +16,20 @@ from torch import Tensor
 
 from nmoe.checkpoint import disk, reader
 from nmoe.checkpoint.manifest import Manifest
-from nmoe.data.mixture import Mixture
-from nmoe.data.shards import ShardSource
-from nmoe.data.tokenizer import BytesTokenizer, Tokenizer
-from nmoe.errors import ConfigError, Diagnostic, NmoeError, RunError, fail
-from nmoe.export import compare, library, weights
+from nmoe.errors import ConfigError, Diagnostic, RunError, fail
+from nmoe.export import compare, library, place, tokenizer, weights
 from nmoe.export.card import Facts, card
 from nmoe.export.config import config_json, generation_config_json
 from nmoe.export.names import stock_tensors
-from nmoe.export.tokenizer import from_file, tokenizer_files
 from nmoe.metrics.reader import read_rows
 from nmoe.model.router import Router
 from nmoe.model.transformer import Transformer
 from nmoe.plan.plan import Plan
 from nmoe.plan.resolve import resolve
 from nmoe.registry.config import Config
-from nmoe.registry.data import Corpus
 from nmoe.registry.experts import Fp32Experts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-# Every file of an export.
-OURS = re.compile(r"README\.md|(generation_|tokenizer_)?config\.json|tokenizer\.json|model[-.][-\w.]*safetensors[\w.]*")
 
 Say = Callable[[str], None]
 
@@ -66,7 +53,7 @@ def export(run: Path, directory: Path, *, tokenizer_path: str | None = None, say
     plan = resolve(run / "resolved.toml")
     architecture = _stock_class(plan, run)
     library.require()
-    _require_free(directory)
+    place.require_free(directory)
     manifest = reader.require_head(run / "checkpoints")
     if manifest.identity.fingerprint != plan.fingerprint:
         raise fail(
@@ -74,8 +61,8 @@ def export(run: Path, directory: Path, *, tokenizer_path: str | None = None, say
             help="export it with the version of nmoe that trained it, or restore resolved.toml",
             notes=(f"checkpoint {manifest.identity.fingerprint}", f"plan       {plan.fingerprint}"),
         )  # fmt: skip
-    tokenizer, end_of_document = _tokenizer(plan.config, manifest, tokenizer_path, say)
-    with _partial(directory) as partial:
+    text, end_of_document = tokenizer.of_run(plan.config, manifest.identity.data.get("train"), tokenizer_path, say)
+    with place.partial(directory) as partial:
         say(f"reading step {manifest.step} of {run} (verified)")
         model = own_model(plan.config, run / "checkpoints", manifest)
         weights.write(partial, pieces(model, DTYPES[plan.config.model.dtype], architecture), say)
@@ -83,9 +70,9 @@ def export(run: Path, directory: Path, *, tokenizer_path: str | None = None, say
         config = config_json(plan.config.model, architecture, context=context, end_of_document=end_of_document)
         weights.write_json(partial / "config.json", config)
         weights.write_json(partial / "generation_config.json", generation_config_json(end_of_document))
-        files = {} if tokenizer is None else tokenizer_files(tokenizer, context=context)
-        if tokenizer is not None and not files:
-            say(f"no tokenizer files are written: a tokenizer of kind `{tokenizer.kind}` has no exact tokenizer.json")
+        files = {} if text is None else tokenizer.tokenizer_files(text, context=context)
+        if text is not None and not files:
+            say(f"no tokenizer files are written: a tokenizer of kind `{text.kind}` has no exact tokenizer.json")
         for name, content in files.items():
             disk.write_synced(partial / name, content)
 
@@ -169,38 +156,6 @@ def pieces(model: Transformer, dtype: torch.dtype, architecture: str) -> Iterato
             yield weights.Piece(stock, part, stored)
 
 
-def _tokenizer(
-    config: Config, manifest: Manifest, path: str | None, say: Say
-) -> tuple[Tokenizer | None, int | None]:
-    """(tokenizer, the id that ends a document), each None if it cannot be known; then `say` says why."""
-    try:
-        mixture: Mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
-    except NmoeError as error:
-        if path is not None:
-            raise
-        say(f"no tokenizer files and no eos_token_id are written: {error.diagnostics[0].message}")
-        return None, None
-    if mixture.digest != manifest.identity.data.get("train"):
-        raise fail(
-            "N0917", "the training data is not what the checkpoint was trained on, so its tokenizer may be another",
-            place="[data]", help="restore the data, or move it away to export without a tokenizer",
-            notes=(f"then {manifest.identity.data.get('train')}", f"now  {mixture.digest}"),
-        )  # fmt: skip
-    end, source = mixture.end_of_document, mixture.sources[0]
-    if path is not None:
-        return from_file(path, end_of_document=end, digest=mixture.tokenizer_digest), end
-    if isinstance(config.data, Corpus):
-        return config.data.tokenizer.build(), end
-    assert isinstance(source, ShardSource)
-    if source.manifest.tokenizer_kind == "bytes":
-        return BytesTokenizer(), end
-    if source.manifest.tokenizer_kind == "huggingface":
-        say("no tokenizer files are written: shards know their tokenizer by its digest; give it with --tokenizer")
-    else:
-        say(f"no tokenizer files are written: `{source.manifest.tokenizer_kind}` has no exact tokenizer.json")
-    return None, end
-
-
 def _bits_per_byte(run: Path, plan: Plan, manifest: Manifest) -> float | None:
     """The held-out figure of the exported step."""
     output = plan.config.output
@@ -208,49 +163,3 @@ def _bits_per_byte(run: Path, plan: Plan, manifest: Manifest) -> float | None:
     rows = read_rows(metrics / manifest.identity.run, names=["eval/bits_per_byte"])
     here = [row.value for row in rows if row.step == manifest.step and row.lineage == manifest.identity.lineage]
     return here[-1] if here else None
-
-
-def _require_free(directory: Path) -> None:
-    """ConfigError N0911 unless nothing or an empty directory is there."""
-    if directory.is_dir() and not any(directory.iterdir()):
-        return
-    if directory.exists() or directory.is_symlink():
-        message = f"`{directory}` is not empty" if directory.is_dir() else f"`{directory}` is not a directory"
-        raise ConfigError(Diagnostic(code="N0911", message=message, help="name a new or empty directory with -o"))
-
-
-@contextlib.contextmanager
-def _partial(directory: Path) -> Iterator[Path]:
-    """DIR.partial, ours alone and empty; at the end of the block it becomes DIR, after a failure it goes.
-
-    What a killed export has left there is removed, and nothing else: ConfigError N0911 if there is more. RunError
-    N0913 while another export writes there.
-    """
-    target = directory.resolve()
-    partial = target.with_name(f"{target.name}.partial")
-    disk.make_directory(partial)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as cause:
-            if cause.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise disk.cannot("lock", partial, cause) from cause
-            raise fail("N0913", "another export writes there", place=str(partial), help="wait for it") from None
-        before = sorted(partial.iterdir())
-        foreign = [entry.name for entry in before if not OURS.fullmatch(entry.name) or not entry.is_file()]
-        if foreign:
-            message = f"`{partial}`, where the export is made, holds `{foreign[0]}`, which is not of one"
-            raise ConfigError(Diagnostic(code="N0911", message=message, help="move it away, or name another directory"))
-        for entry in before:
-            disk.remove(entry)
-        try:
-            yield partial
-        except BaseException:
-            disk.remove_tree(partial)
-            raise
-        disk.sync_directory(partial)
-        disk.rename(partial, target)
-        disk.sync_directory(target.parent)
-    finally:
-        os.close(descriptor)

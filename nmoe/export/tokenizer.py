@@ -6,10 +6,15 @@ written: they would have to be turned into merges and another library's dialect 
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+from nmoe.data.mixture import Mixture
+from nmoe.data.shards import ShardSource
 from nmoe.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, Tokenizer
-from nmoe.errors import ConfigError, Diagnostic
+from nmoe.errors import ConfigError, Diagnostic, NmoeError, fail
+from nmoe.registry.config import Config
+from nmoe.registry.data import Corpus
 
 END_OF_BYTES = "<|end|>"
 
@@ -33,6 +38,42 @@ def tokenizer_files(tokenizer: Tokenizer, *, context: int) -> dict[str, bytes]:
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=2).encode() + b"\n"}
+
+
+def of_run(
+    config: Config, digest: str | None, path: str | None, say: Callable[[str], None]
+) -> tuple[Tokenizer | None, int | None]:
+    """(tokenizer, the id that ends a document) of a run, each None if it cannot be known; then `say` says why.
+
+    digest: of the training data, as the checkpoint has it; RunError N0917 if it is another one now. path: the
+    tokenizer.json of shards, which know it by its digest alone.
+    """
+    try:
+        mixture: Mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
+    except NmoeError as error:
+        if path is not None:
+            raise
+        say(f"no tokenizer files and no eos_token_id are written: {error.diagnostics[0].message}")
+        return None, None
+    if mixture.digest != digest:
+        raise fail(
+            "N0917", "the training data is not what the checkpoint was trained on, so its tokenizer may be another",
+            place="[data]", help="restore the data, or move it away to export without a tokenizer",
+            notes=(f"then {digest}", f"now  {mixture.digest}"),
+        )  # fmt: skip
+    end, source = mixture.end_of_document, mixture.sources[0]
+    if path is not None:
+        return from_file(path, end_of_document=end, digest=mixture.tokenizer_digest), end
+    if isinstance(config.data, Corpus):
+        return config.data.tokenizer.build(), end
+    assert isinstance(source, ShardSource)
+    if source.manifest.tokenizer_kind == "bytes":
+        return BytesTokenizer(), end
+    if source.manifest.tokenizer_kind == "huggingface":
+        say("no tokenizer files are written: shards know their tokenizer by its digest; give it with --tokenizer")
+    else:
+        say(f"no tokenizer files are written: `{source.manifest.tokenizer_kind}` has no exact tokenizer.json")
+    return None, end
 
 
 def from_file(path: str, *, end_of_document: int, digest: str) -> HuggingFaceTokenizer:
