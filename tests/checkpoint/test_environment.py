@@ -49,7 +49,10 @@ def test_another_process_on_this_machine_has_it_too(record):
     there = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
     # Switches that another test of this process may have moved.
     for part in (here, there):
-        for name in ("deterministic_algorithms", "cudnn_deterministic", "cudnn_tf32", "float32_matmul_precision"):
+        for name in (
+            "deterministic_algorithms", "cudnn_deterministic", "cudnn_tf32", "float32_matmul_precision",
+            "matmul_bf16_reduction", "matmul_fp16_reduction",
+        ):  # fmt: skip
             part["exact"]["torch"].pop(name)
     assert environment.compare(there, here) == []
     assert "pid" in {difference.what for difference in environment.compare(there, here, part="recorded")}
