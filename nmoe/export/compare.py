@@ -53,7 +53,10 @@ class Outputs:
 
 
 def sample(vocab_size: int, context: int) -> Tensor:
-    """(B, S) int64: the tokens on which the two are compared, the same every time; S at most `context`."""
+    """(B, S) int64: the tokens on which the two are compared, the same every time.
+
+    context: the most that the model is for, and that S is.
+    """
     shape = (SEQUENCES, min(TOKENS, context))
     return torch.randint(vocab_size, shape, generator=rng.stream(0, "export"))
 

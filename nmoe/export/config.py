@@ -4,6 +4,7 @@ Every key that takes part in what the class computes is written, also where the 
 a default is the installed library's, and the next version may have another.
 """
 
+import math
 from typing import Any
 
 from nmoe.plan.families import DEEPSEEK_V3, MIXTRAL, QWEN3_MOE
@@ -36,8 +37,8 @@ def config_json(model: Model, architecture: str, *, context: int, end_of_documen
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
-        "max_position_embeddings": context,
-        "tie_word_embeddings": False,
+        "max_position_embeddings": longest_context(attention, context),
+        "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
         "output_router_logits": False,
         "bos_token_id": end_of_document,
@@ -55,12 +56,30 @@ def generation_config_json(end_of_document: int | None) -> dict[str, Any]:
     return {} if end_of_document is None else {"bos_token_id": end_of_document, "eos_token_id": end_of_document}
 
 
+def longest_context(attention: Attention, context: int) -> int:
+    """The tokens that positions are meant for: those of a training sequence, or the stretched context."""
+    yarn = attention.rope_scaling
+    return context if yarn is None else math.floor(yarn.factor * yarn.original_context)
+
+
 def _rope(attention: Attention) -> dict[str, Any]:
-    """Both spellings: `rope_theta` alone is what readers know that are older than `rope_parameters`."""
-    return {
-        "rope_theta": attention.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
+    """Both spellings: readers older than `rope_parameters` look for `rope_theta` and `rope_scaling`."""
+    theta, yarn = {"rope_theta": attention.rope_theta}, attention.rope_scaling
+    if yarn is None:
+        return {**theta, "rope_parameters": {"rope_type": "default", **theta}}
+    scaling: dict[str, Any] = {
+        "rope_type": "yarn",
+        "factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_context,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "truncate": yarn.truncate,
     }
+    optional = {
+        "attention_factor": yarn.attention_factor, "mscale": yarn.mscale, "mscale_all_dim": yarn.mscale_all_dim
+    }  # fmt: skip
+    scaling |= {key: value for key, value in optional.items() if value is not None}
+    return {**theta, "rope_scaling": scaling, "rope_parameters": {**scaling, **theta}}
 
 
 def _deepseek_v3(model: Model, moe: Moe) -> dict[str, Any]:

@@ -70,14 +70,14 @@ def export(run: Path, directory: Path, *, tokenizer_path: str | None = None, say
         config = config_json(plan.config.model, architecture, context=context, end_of_document=end_of_document)
         weights.write_json(partial / "config.json", config)
         weights.write_json(partial / "generation_config.json", generation_config_json(end_of_document))
-        files = {} if text is None else tokenizer.tokenizer_files(text, context=context)
+        files = {} if text is None else tokenizer.tokenizer_files(text, context=config["max_position_embeddings"])
         if text is not None and not files:
             say(f"no tokenizer files are written: a tokenizer of kind `{text.kind}` has no exact tokenizer.json")
         for name, content in files.items():
             disk.write_synced(partial / name, content)
 
         say("comparing what the library loads with the run's own model")
-        ids_BS = compare.sample(plan.config.model.vocab_size, context)
+        ids_BS = compare.sample(plan.config.model.vocab_size, config["max_position_embeddings"])
         ours = compare.own_outputs(model, ids_BS)
         del model  # two float32 models at a time would be twice the memory
         with library.transformers() as transformers:

@@ -22,7 +22,7 @@ END_OF_BYTES = "<|end|>"
 def tokenizer_files(tokenizer: Tokenizer, *, context: int) -> dict[str, bytes]:
     """File name -> content; empty for a kind that has no exact tokenizer.json.
 
-    context: tokens of a training sequence. The token that ends a document opens one too.
+    context: the most tokens that the model is meant for. The token that ends a document opens one too.
     """
     if isinstance(tokenizer, HuggingFaceTokenizer):
         content, end = tokenizer.content, tokenizer.end_of_document_name

@@ -16,8 +16,11 @@ from nmoe.train.loop import train
 
 HERE = Path(__file__).parent
 ARCHITECTURES = {
-    "deepseek": "DeepseekV3ForCausalLM", "qwen": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM",
-}  # fmt: skip
+    "deepseek": "DeepseekV3ForCausalLM",
+    "qwen": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "stretched": "DeepseekV3ForCausalLM",
+}
 
 
 class Family:

@@ -25,6 +25,8 @@ print(
             "class": type(model).__name__,
             "stored": str(AutoModelForCausalLM.from_pretrained(directory).dtype),
             "difference": float((logits - given["logits"]).abs().max() / given["logits"].abs().max()),
+            "context": [model.config.max_position_embeddings, tokenizer.model_max_length],
+            "tied": model.lm_head.weight is model.model.embed_tokens.weight,
             "prompt": prompt[0].tolist(),
             "generated": generated[0].tolist(),
             "written": tokenizer.decode(generated[0]),

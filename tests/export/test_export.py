@@ -39,7 +39,8 @@ def test_a_stranger_loads_it_and_computes_the_same(name, families, tmp_path, cap
     family, out = families(name), tmp_path / "out"
     assert nmoe(["export", str(family.path), "--format", "hf", "-o", str(out)]) == 0
     assert f"as {ARCHITECTURES[name]} into {out}" in capsys.readouterr().out
-    ids = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(1))
+    length = 64 if name == "stretched" else 32
+    ids = torch.randint(0, 257, (4, length), generator=torch.Generator().manual_seed(1))
     save_file({"ids": ids, "logits": family.logits(ids)}, tmp_path / "given.safetensors")
     done = subprocess.run(
         [sys.executable, str(HERE / "stranger.py"), str(out), str(tmp_path / "given.safetensors")],
@@ -51,6 +52,8 @@ def test_a_stranger_loads_it_and_computes_the_same(name, families, tmp_path, cap
     assert found["class"] == ARCHITECTURES[name]
     assert found["stored"] == {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[family.plan.config.model.dtype]
     assert found["difference"] < LOGITS
+    assert found["context"] == [length, length]
+    assert found["tied"] == family.plan.config.model.tie_embeddings
     tokenizer = family.plan.config.data.tokenizer.build()
     assert found["ids"] == tokenizer.encode(found["text"]).tolist()
     assert found["decoded"] == found["text"]

@@ -22,6 +22,7 @@ from nmoe.model.loss import linear_cross_entropy
 from nmoe.plan.families import stock_class
 from nmoe.registry.attention import Gqa, Mla
 from nmoe.registry.model import Model
+from nmoe.registry.rope import Yarn
 from tests.model.conftest import GQA, MLA, build, spec
 
 
@@ -42,6 +43,16 @@ def mixtral(num_kv_heads: int) -> Model:
     return attrs.evolve(spec(attention, dense=0, shared=0, softmax=True), norm_eps=1e-5)
 
 
+def stretched(model: Model, **more: float | bool) -> Model:
+    """YaRN from 32 to 256 tokens, with a theta of which the ramp lies between the pairs."""
+    yarn = Yarn(factor=8.0, original_context=32, beta_fast=4.0, beta_slow=1.0, **more)
+    return attrs.evolve(model, attention=attrs.evolve(model.attention, rope_theta=100.0, rope_scaling=yarn))
+
+
+def tied(model: Model) -> Model:
+    return attrs.evolve(model, tie_embeddings=True)
+
+
 FAMILIES = {
     "DeepSeek-V3": deepseek(20),
     "DeepSeek-V3, plain queries": deepseek(None),
@@ -50,6 +61,16 @@ FAMILIES = {
     "Qwen3-MoE, not renormalised": qwen(renormalize=False, dense=0),
     "Mixtral": mixtral(2),
     "Mixtral, one key head": mixtral(1),
+    "DeepSeek-V3, YaRN": stretched(deepseek(20)),
+    "  mscale 1 and 1": stretched(deepseek(20), mscale=1.0, mscale_all_dim=1.0),
+    "  mscale 0.707 and 1.3, tied": tied(stretched(deepseek(20), mscale=0.707, mscale_all_dim=1.3)),
+    "  attention_factor 0.9": stretched(deepseek(20), attention_factor=0.9),
+    "  not truncated": stretched(deepseek(20), truncate=False),
+    "Qwen3-MoE, YaRN, tied": tied(stretched(qwen())),
+    "  attention_factor 1.5": stretched(qwen(), attention_factor=1.5),
+    "  not truncated, untied": stretched(qwen(), truncate=False),
+    "Mixtral, YaRN": stretched(mixtral(2)),
+    "Mixtral, tied": tied(mixtral(2)),
 }
 
 
@@ -67,8 +88,9 @@ class Parity:
     worst: str
 
 
-def parity(model_spec: Model, directory: Path, *, length: int = 40) -> Parity:
-    """Writes a random model of model_spec into `directory` and compares."""
+def parity(model_spec: Model, directory: Path) -> Parity:
+    """Writes a random model of model_spec into `directory` and compares, on 40 tokens or all of a stretched context."""
+    length = 40 if model_spec.attention.rope_scaling is None else 256
     architecture = stock_class(model_spec).name
     assert architecture is not None
     model = build(model_spec)

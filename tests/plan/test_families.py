@@ -22,6 +22,7 @@ def test_the_published_families(name, config):
 SIGMOID = 'model.moe.router={ kind = "sigmoid", num_experts = 8, top_k = 2 }'
 SOFTMAX = 'model.moe.router={ kind = "softmax", num_experts = 256, top_k = 8 }'
 WINDOW = ["model.attention.local.window=128", "model.attention.local.global_every=4"]
+YARN = '{ kind = "yarn", factor = 40.0, original_context = 4096, mscale = 1.0, mscale_all_dim = 1.0 }'
 OWN = 'kind = "gqa", window = 128, global_every = 4, num_heads = 4, num_kv_heads = 2, head_dim = 64'
 
 
@@ -69,6 +70,7 @@ def test_every_reason_names_its_key(family, sets, keys):
         (DEEPSEEK_V3, ["model.attention.q_lora_rank=64", "model.moe.num_dense_layers=1", "batch.document_mask=true"]),
         (QWEN3_MOE, ["model.moe.num_dense_layers=3", "model.mlp.intermediate_size=512", "model.norm_eps=1e-5"]),
         (QWEN3_MOE, ["model.moe.router.renormalize=false", "batch.document_mask=false"]),
+        (DEEPSEEK_V3, ["model.tie_embeddings=true", f"model.attention.rope_scaling={YARN}"]),
         (MIXTRAL, ["model.attention.num_kv_heads=1", "model.attention.rope_theta=1e4"]),
     ],
 )
