@@ -29,7 +29,7 @@ def command(run: Path, layout: str, output: Path, tokenizer: str | None) -> None
 
     \b
       nmoe export runs/mine -o exported/mine
-      python -c "from transformers import pipeline; print(pipeline('text-generation', 'exported/mine')('To be'))"
+      python -P -c "from transformers import pipeline; print(pipeline('text-generation', 'exported/mine')('To be'))"
     """
     if not (run / "resolved.toml").is_file():
         raise ConfigError(
