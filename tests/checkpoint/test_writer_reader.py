@@ -264,6 +264,22 @@ def test_names_shapes_and_dtypes_are_strict_and_all_reported(directory, tool):
     assert not any(tensor.any() for tensor in tensors.values()), "a tensor was touched"
 
 
+def test_a_part_comes_back_alone_and_as_strictly(directory, tool):
+    tool.save(directory, 1)
+    saved, manifest = tool.state(1), reader.require_head(directory)
+    tensors = {"a.mask": torch.zeros_like(saved["a.mask"])}
+    reader.read_some(directory, manifest, tensors)
+    assert tool.same_bytes(tensors["a.mask"], saved["a.mask"])
+    wrong = {"model.frozen": torch.zeros(6, 6, dtype=torch.float64), "more": torch.zeros(3)}
+    with pytest.raises(RunError, match="N0305") as caught:
+        reader.read_some(directory, manifest, wrong)
+    text = caught.value.render()
+    assert "`more` is in this program" in text
+    assert "`model.frozen` is float32 [6, 6] in the checkpoint, float64 [6, 6] here" in text
+    assert "a.scalar" not in text
+    assert not any(tensor.any() for tensor in wrong.values()), "a tensor was touched"
+
+
 def test_no_checkpoint_yet(directory, tool):
     assert reader.open_head(directory) is None
     assert reader.head_step(directory) == 0
