@@ -38,11 +38,6 @@ OWN = 'kind = "gqa", window = 128, global_every = 4, num_heads = 4, num_kv_heads
             [f"model.attention.local={{ {OWN}, sinks = true }}"],
             ["model.attention.local.window = 128", "model.attention.local.kind", "model.attention.local.sinks = true"],
         ),
-        (
-            DEEPSEEK_V3,
-            ["model.moe.router={ num_experts = 1, top_k = 1, num_groups = 1, top_groups = 1 }"],
-            ["model.moe.router.num_experts = 1"],
-        ),
         (QWEN3_MOE, [SIGMOID], ['model.moe.router.kind = "sigmoid"']),
         (QWEN3_MOE, ["model.moe.num_shared_experts=1"], ["model.moe.num_shared_experts = 1"]),
         (QWEN3_MOE, WINDOW, ["model.attention.local.window = 128"]),
@@ -76,6 +71,13 @@ def test_every_reason_names_its_key(family, sets, keys):
 )
 def test_what_a_class_can_be_told(family, sets):
     assert resolve(CONFIGS / FAMILIES[family], sets).stock_class.name == family
+
+
+def test_a_group_of_one_expert():
+    model = resolve(CONFIGS / "deepseek_v3.toml").config.model
+    router = attrs.evolve(model.moe.router, num_experts=1, top_k=1, num_groups=1, top_groups=1)
+    stock = stock_class(attrs.evolve(model, moe=attrs.evolve(model.moe, router=router)))
+    assert stock.reasons == ("model.moe.router.num_experts = 1: it adds up the two best of a group",)
 
 
 def test_a_dense_model_is_none_of_them():
