@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nmoe.errors import fail
-from nmoe.kernels.launch import AttentionLaunch, attention_launch
+from nmoe.kernels.launch import QUERY_WIDTHS, VALUE_WIDTHS, AttentionLaunch, attention_launch
 
 
 class Documents(NamedTuple):
@@ -76,7 +76,7 @@ def _require(q_BHSQ: Tensor, k_BGSQ: Tensor, v_BGSV: Tensor, window: int | None)
             raise fail("N0712", f"`{name}` must be bf16 with a contiguous last axis, other strides in multiples of 8 "
                        f"and a 16-byte address, found {t.dtype} with strides {t.stride()}", place=place)  # fmt: skip
     Q, V = q_BHSQ.shape[3], v_BGSV.shape[3]
-    if Q not in (64, 96, 128, 192) or V not in (64, 96, 128):
+    if Q not in QUERY_WIDTHS or V not in VALUE_WIDTHS:
         raise fail("N0713", f"head sizes {Q} and {V} have no kernel", place=place,
                    help="use 64, 96, 128 or 192 for queries and keys, and 64, 96 or 128 for values")  # fmt: skip
     if q_BHSQ.shape[1] % k_BGSQ.shape[1]:
@@ -212,6 +212,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sink_H: Tensor | None, scale: float | None, window: int | None,
         docs: Documents | None,
     ) -> Tensor:  # fmt: skip
+        sink_H = None if sink_H is None else sink_H.float()
         out, lse = attention_forward(q, k, v, scale=scale, window=window, docs=docs, sink_H=sink_H)
         ctx.save_for_backward(q, k, v, out, lse, sink_H)
         ctx.masks = {"scale": scale, "window": window, "docs": docs}
@@ -228,6 +229,9 @@ def attention(
     q_BHSQ: Tensor, k_BGSQ: Tensor, v_BGSV: Tensor, *, scale: float | None = None, window: int | None = None,
     docs: Documents | None = None, sink_H: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`attention_forward`'s out, differentiable in q, k, v and the sinks through `attention_backward`."""
+    """`attention_forward`'s out, differentiable in q, k, v and the sinks through `attention_backward`.
+
+    sink_H: float32 or bf16; its gradient is float32.
+    """
     out_BHSV: Tensor = _Attention.apply(q_BHSQ, k_BGSQ, v_BGSV, sink_H, scale, window, docs)
     return out_BHSV

@@ -45,6 +45,13 @@ def launches(hidden_size: int) -> Table:
     return SM_90A_DEEP if hidden_size >= 1024 else SM_90A_SHALLOW
 
 
+QUERY_WIDTHS = (64, 96, 128, 192)
+"""Head sizes of queries and keys that the attention kernels take."""
+
+VALUE_WIDTHS = (64, 96, 128)
+"""Head sizes of values."""
+
+
 class AttentionLaunch(NamedTuple):
     """Ring stages of each attention kernel; tiles are fixed: 128 x 128 forward, 128 x 64 backward.
 

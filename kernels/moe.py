@@ -1,11 +1,11 @@
-"""The routed experts of one layer, forward and backward, from the layout to float32 weight gradients.
+"""The routed experts of one layer, forward and backward, from a layout to float32 weight gradients.
 
 Mathematics: out[t] = sum_k weight[t, k] W_down[e] (silu(W_gate[e] x[t]) * (W_up[e] x[t])), e = expert[t, k],
 the sum over k in order. Backward needs x, the weights, the pre-activations h and the routing, and
 nothing else: the gated product recomputes a from h, and the router's gradient is <dout W_down, a>,
 so that the experts' outputs are not kept.
 
-    forward:  layout; UP gathers x, writes h and a; DOWN; sum over k
+    forward:  UP gathers x, writes h and a; DOWN; sum over k
     backward: rows of dout; DGATE (dh, weighted a, <d, a>); dW_down; rows of x; dW_gate_up; DX; sum over k
 
 Kept for backward: 2 * T K F bf16 and the routing (0.75 GiB for T 32768, F 768, K 8). The largest
@@ -24,7 +24,7 @@ from torch import Tensor
 from nmoe.errors import fail
 from nmoe.kernels.combine import combine, gather_rows, sum_dots
 from nmoe.kernels.launch import Table, launches
-from nmoe.kernels.layout import Layout, make_layout
+from nmoe.kernels.layout import Layout
 from nmoe.kernels.products import dgate_product, down_product, dx_product, up_product, weight_gradient
 
 
@@ -79,17 +79,16 @@ def _require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF
 
 
 def moe_forward(
-    x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
+    x_TD: Tensor, layout: Layout, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
     table: Table | None = None,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
     """The layer's output (T, D) in bf16 and what backward needs.
 
-    x_TD, w_gate_up_E2FD, w_down_EDF: bf16; weight_TK: float32; expert_TK: integer; all contiguous.
+    x_TD, w_gate_up_E2FD, w_down_EDF: bf16; weight_TK: float32; all contiguous. layout: of the T K pairs.
     Raises N0710 for another dtype or layout, N0711 for D or F not a multiple of 8.
     """
     _require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
     table = table or launches(x_TD.shape[1])
-    layout = make_layout(expert_TK, w_down_EDF.shape[0])
     x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
     h_2RF, a_RF = up_product(x, w_gate_up_E2FD, layout, table["up"])
     y_RD = down_product(a_RF, w_down_EDF, layout, table["down"])

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import attrs
 import torch
 
+from nmoe import platform
 from nmoe.data.loader import Loader
 from nmoe.errors import fail
 from nmoe.model.block import Block
@@ -28,7 +29,7 @@ class TrainingGraph:
     optimizer: the groups in the plan's order; every parameter is in exactly one.
     clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
     document_mask: attention stays within a document.
-    tokens_per_step: the loss is a mean over these.
+    tokens_per_step: the loss is a mean over these. device: where the model, its state and a step's work are.
     """
 
     model: Transformer
@@ -40,6 +41,7 @@ class TrainingGraph:
     microbatch: int
     document_mask: bool
     tokens_per_step: int
+    device: torch.device
 
     def routers(self) -> Iterator[tuple[int, Router]]:
         """(layer, router) of every MoE layer, first layer first."""
@@ -65,12 +67,15 @@ class TrainingGraph:
 
 
 def build(plan: Plan) -> TrainingGraph:
-    """Assemble the parts on torch's current default device and draw the initial weights.
+    """Assemble the parts on the plan's device and draw the initial weights.
 
+    Draws are float32 on the CPU on every target, and copied: two thirds of a minute for three billion weights.
     RunError N0507 if the data's tokenizer has more tokens than the model has room for.
     """
     config = plan.config
-    model = config.model.build(transport=config.transport.build())
+    device = platform.device(config.platform.target)
+    with device:
+        model = config.model.build(transport=config.transport.build())
     shapes = list(config.model.parameters())
     initialize(
         model,
@@ -108,6 +113,7 @@ def build(plan: Plan) -> TrainingGraph:
         microbatch=config.batch.microbatch,
         document_mask=config.batch.document_mask,
         tokens_per_step=config.batch.tokens_per_step,
+        device=device,
     )
     for _, router in graph.routers():
         assert config.model.moe is not None

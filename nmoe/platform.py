@@ -236,7 +236,7 @@ def _keep_freed_memory() -> None:
 
 
 def _require_device(target: str) -> None:
-    """RunError N0605 unless this process's CUDA device is the target."""
+    """RunError N0605 unless this process's CUDA device is the target; it is then torch's current one."""
     import torch
 
     way_out = f'[platform] target = "{target}" is the line to change'
@@ -263,6 +263,7 @@ def _require_device(target: str) -> None:
             f"(compute capability {found[0]}.{found[1]}) was found",
             help=way_out + asks,
         )  # fmt: skip
+    torch.cuda.set_device(local_rank)
 
 
 def device(target: str) -> "torch.device":

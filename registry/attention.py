@@ -6,6 +6,7 @@ from typing import ClassVar
 import attrs
 
 from nmoe.registry.component import Component, Parameter, Problem, divisible, key, section
+from nmoe.registry.hopper import QUERY_WIDTHS, VALUE_WIDTHS, head_problems, width_problems
 from nmoe.registry.rope import Yarn
 
 
@@ -44,7 +45,7 @@ def window_problems(local, config, path: str) -> Iterator[Problem]:
 class Attention(Component):
     """What every kind has."""
 
-    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu", "sm_90a")
 
     num_heads: int = key("query heads", minimum=1, maximum=4096)
     rope_theta: float = key("base of the rotary embedding", default=10000.0, above=1.0)
@@ -52,6 +53,7 @@ class Attention(Component):
     local: LocalWindow | None = section("sliding-window layers between the global ones", optional=True)
 
     def check(self, config, path: str) -> Iterator[Problem]:
+        yield from head_problems(config, f"{path}.num_heads", self.num_heads)
         if self.rope_scaling is not None:
             yield from self.rope_scaling.owner_problems(
                 f"{path}.rope_scaling", rotary_dim=self.rotary_dim, theta=self.rope_theta, mla=isinstance(self, Mla)
@@ -102,6 +104,9 @@ class Mla(Attention):
         width = self.qk_rope_head_dim
         yield from divisible(f"{path}.qk_rope_head_dim", width, "qk_rope_head_dim", 2, "the rotary pair")
         yield from super().check(config, path)
+        whole = "a head's query, qk_nope_head_dim + qk_rope_head_dim,"
+        yield from width_problems(config, f"{path}.qk_nope_head_dim", self.qk_head_dim, QUERY_WIDTHS, whole)
+        yield from width_problems(config, f"{path}.v_head_dim", self.v_head_dim, VALUE_WIDTHS, "a head's value")
 
     @property
     def qk_head_dim(self) -> int:
@@ -167,6 +172,7 @@ class Gqa(Attention):
         yield from divisible(f"{path}.head_dim", self.head_dim, "head_dim", 2, "the rotary pair")
         yield from divisible(f"{path}.num_heads", self.num_heads, "num_heads", self.num_kv_heads, "num_kv_heads")
         yield from super().check(config, path)
+        yield from width_problems(config, f"{path}.head_dim", self.head_dim, VALUE_WIDTHS, "a head")
 
     @property
     def rotary_dim(self) -> int:

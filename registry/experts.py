@@ -6,6 +6,7 @@ from typing import ClassVar
 import attrs
 
 from nmoe.registry.component import Component, Parameter, Problem, divisible, key
+from nmoe.registry.hopper import expert_problems
 
 
 @attrs.frozen(kw_only=True)
@@ -61,8 +62,12 @@ class Fp32Experts(Experts):
 class Bf16Experts(Experts):
     """bf16 products with float32 accumulation."""
 
-    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu", "sm_90a")
     precision: ClassVar[str] = "bf16"
+
+    def check(self, config, path: str) -> Iterator[Problem]:
+        yield from super().check(config, path)
+        yield from expert_problems(config, path, self.intermediate_size)
 
     def build(self, hidden_size: int, num_experts: int):
         from nmoe.experts.bf16 import Bf16Experts as Run

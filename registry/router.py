@@ -12,7 +12,7 @@ from nmoe.registry.component import Component, Parameter, Problem, divisible, ke
 class Router(Component):
     """What every kind has."""
 
-    runs_on: ClassVar[tuple[str, ...]] = ("cpu",)
+    runs_on: ClassVar[tuple[str, ...]] = ("cpu", "sm_90a")
 
     num_experts: int = key("routed experts of a layer", minimum=1, maximum=65536)
     top_k: int = key("experts that a token uses", minimum=1, maximum=65536)

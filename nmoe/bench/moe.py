@@ -162,7 +162,7 @@ def check(variants: str, names: list[str]) -> list[dict]:
                 y = products.down_product(a, x.w_down_EDF, got, table["down"])
                 y64 = torch.stack([a[r].double() @ x.w_down_EDF[e_R[r]].double().T for r in range(0, len(token), 97)])
                 row["y"] = error(y[::97], y64)
-                out, saved = moe.moe_forward(x.x_TD, x.expert_TK, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, table)
+                out, saved = moe.moe_forward(x.x_TD, got, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, table)
                 row["out"] = error(out, out64)
                 g = moe.moe_backward(x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, table=table)
                 for key, have, ref in zip(("dx", "dweight", "dgate_up", "ddown"), g, grads64, strict=True):
@@ -189,7 +189,8 @@ def repeat(variants: str, times: int = 20) -> list[dict]:
             first: list[Tensor] = []
             differ = set()
             for _ in range(times):
-                out, saved = moe.moe_forward(x.x_TD, x.expert_TK, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, table)
+                layout = make_layout(x.expert_TK, x.w_down_EDF.shape[0])
+                out, saved = moe.moe_forward(x.x_TD, layout, x.weight_TK, x.w_gate_up_E2FD, x.w_down_EDF, table)
                 g = moe.moe_backward(x.dout_TD, x.x_TD, x.w_gate_up_E2FD, x.w_down_EDF, saved, table=table)
                 now = [out, saved.h_2RF, *g]
                 first = first or now

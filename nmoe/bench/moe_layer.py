@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from nmoe.bench.moe import Inputs, Shape, captured, dense_call, make_inputs, milliseconds
 from nmoe.kernels import moe
+from nmoe.kernels.layout import make_layout
 from nmoe.kernels.router import route, route_backward
 
 
@@ -18,7 +19,8 @@ def ours(x: Inputs, top_k: int) -> tuple[Callable, Callable]:
 
     def forward():
         _, weight_TK, score_TK = route(x.x_TD, x.router_ED, bias_E, top_k, 1.0)
-        out, saved = moe.moe_forward(x.x_TD, x.expert_TK, weight_TK, x.w_gate_up_E2FD, x.w_down_EDF)
+        layout = make_layout(x.expert_TK, x.router_ED.shape[0])
+        out, saved = moe.moe_forward(x.x_TD, layout, weight_TK, x.w_gate_up_E2FD, x.w_down_EDF)
         return out, saved, score_TK
 
     def backward(state):

@@ -69,7 +69,9 @@ def record(target: str) -> dict[str, Any]:
     else:
         exact["device"] = platform.device_facts(target)
         exact["cuda"] = _cuda_versions()
+        exact["triton"] = _triton_compiler(target)
         recorded["cpu"] = platform.cpu_facts()
+        recorded["threads"] = exact["torch"].pop("threads")
     return {"exact": exact, "recorded": recorded}
 
 
@@ -172,6 +174,23 @@ def _cuda_versions() -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
+
+
+def _triton_compiler(target: str) -> dict[str, str]:
+    """Triton's own hashes of its compiler (sources and libraries) and of the target's backend (the assembler).
+
+    With the kernels' sources and launch tables, which `source` has, they decide every compiled kernel: Triton
+    names a kernel in its cache by the four.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.cache import triton_key
+
+    backend = make_backend(GPUTarget("cuda", int(target.removeprefix("sm_").removesuffix("a")), 32))
+    return {
+        "compiler": hashlib.sha256(triton_key().encode()).hexdigest(),
+        "backend": hashlib.sha256(backend.hash().encode()).hexdigest(),
     }
 
 

@@ -60,7 +60,7 @@ def evaluate(
     on_batch(done, total) is called after each forward pass. The model is left in the mode it was in.
     windows: with at least one byte (`require_text`).
     """
-    was_training = model.training
+    was_training, device = model.training, model.head.weight_VD.device
     model.eval()
     try:
         total = -(-len(windows) // sequences)
@@ -68,11 +68,12 @@ def evaluate(
         for done, index in enumerate(calls(total, 0, 1), start=1):
             assert index is not None
             batch = windows.batch(index * sequences, sequences)
-            h_TD = model(batch.input_ids_BS, batch.document_ids_BS if document_mask else None)
-            losses_T = token_losses(
-                h_TD, model.head.weight_VD, batch.targets_BS.reshape(-1), chunk_tokens=CHUNK_TOKENS
+            ids_BS, targets_BS, documents_BS = (
+                t.to(device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
             )
-            nats.append(losses_T[batch.valid_BS.reshape(-1)].double().sum().item())
+            h_TD = model(ids_BS, documents_BS if document_mask else None)
+            losses_T = token_losses(h_TD, model.head.weight_VD, targets_BS.reshape(-1), chunk_tokens=CHUNK_TOKENS)
+            nats.append(losses_T.cpu()[batch.valid_BS.reshape(-1)].double().sum().item())
             tokens += int(batch.valid_BS.sum())
             num_bytes += batch.num_bytes
             if on_batch is not None:

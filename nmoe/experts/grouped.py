@@ -1,4 +1,4 @@
-"""The experts of one layer as one function of autograd, in plain torch.
+"""The experts of one layer: as one function of autograd in plain torch, and as the module of every precision.
 
     y_t = sum over k of w_tk * W_down[e] swiglu(W_gate_up[e] x_t),   e = i_tk
 
@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.experts.swiglu import product, swiglu, swiglu_backward
+from nmoe.experts.product import into
+from nmoe.experts.swiglu import swiglu, swiglu_backward
 from nmoe.rdep.layout import Layout, combine
+from nmoe.rdep.transport import Places
 
 CHUNK_ROWS = 2048
 
@@ -94,14 +96,6 @@ def weight_products(out_EMN: Tensor, a_RM: Tensor, b_RN: Tensor, segments: list[
         into(out, a, b)
 
 
-def into(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    """out = a b, accumulated in float32, rounded once to out's dtype."""
-    if out_MN.dtype == torch.float32:
-        torch.mm(a_MK.float(), b_KN.float(), out=out_MN)
-    else:
-        out_MN.copy_(product(a_MK, b_KN, out_MN.dtype))
-
-
 class GroupedExperts(torch.nn.Module):
     """E experts' SwiGLU on the rows that a layout gives each of them.
 
@@ -115,7 +109,16 @@ class GroupedExperts(torch.nn.Module):
         self.w_gate_up_E2FD = torch.nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.w_down_EDF = torch.nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Layout) -> Tensor:
-        """y_t = sum over k of w_tk * expert(x_t); x_TD (T, D), weights_TK (T, K) float32; (T, D) in x's dtype."""
-        y_TD: Tensor = GroupedSwiglu.apply(x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places)
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
+        """y_t = sum over k of w_tk * expert(x_t); x_TD (T, D), weights_TK (T, K) float32; (T, D) in x's dtype.
+
+        places: of the kind that x's device has, as its transport makes it.
+        """
+        arguments = x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places
+        if x_TD.device.type == "cpu":
+            y_TD: Tensor = GroupedSwiglu.apply(*arguments)
+            return y_TD
+        from nmoe.experts.hopper import HopperSwiglu
+
+        y_TD = HopperSwiglu.apply(*arguments)
         return y_TD

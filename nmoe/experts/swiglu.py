@@ -1,4 +1,4 @@
-"""SwiGLU and its gradient, and the product that all plain-torch layers are made of.
+"""SwiGLU and its gradient, in plain torch.
 
     a = silu(g) * u,   silu(g) = g * sigmoid(g)          (Shazeer, arXiv 2002.05202)
 
@@ -11,15 +11,6 @@ roundings alone.
 
 import torch
 from torch import Tensor
-
-
-def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b, accumulated in float32 and rounded once to `dtype`.
-
-    a_MK, b_KN: both float32 or bfloat16. The operands are widened first, because CPU products of
-    bfloat16 differ by machine in how they accumulate and cannot return float32.
-    """
-    return torch.mm(a_MK.float(), b_KN.float()).to(dtype)
 
 
 def swiglu(pre_R2F: Tensor, segments: list[int] | None = None) -> Tensor:

@@ -52,8 +52,7 @@ class Gqa(torch.nn.Module):
             q_BSHQ, k_BSGQ = self.q_norm(q_BSHQ), self.k_norm(k_BSGQ)
         q_BSHQ, k_BSGQ = (rotate_halves(x, self.rope_theta, self.rope_scaling) for x in (q_BSHQ, k_BSGQ))
         v_BSGQ = self.v_proj(x_BSD).unflatten(-1, heads)
-        shared = q_BSHQ.shape[2] // k_BSGQ.shape[2]
-        k_BHSQ, v_BHSQ = (x.transpose(1, 2).repeat_interleave(shared, dim=1) for x in (k_BSGQ, v_BSGQ))
-        y_BHSQ = attend(q_BSHQ.transpose(1, 2).contiguous(), k_BHSQ, v_BHSQ, self.window, first_BS, self.sink_H)
+        q_BHSQ, k_BGSQ, v_BGSQ = (x.transpose(1, 2) for x in (q_BSHQ, k_BSGQ, v_BSGQ))
+        y_BHSQ = attend(q_BHSQ, k_BGSQ, v_BGSQ, self.window, first_BS, self.sink_H)
         y: Tensor = self.o_proj(y_BHSQ.transpose(1, 2).flatten(2))
         return y

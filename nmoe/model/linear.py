@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.experts.swiglu import product
+from nmoe.experts.product import product
 
 
 class _Linear(torch.autograd.Function):

@@ -9,7 +9,7 @@ probabilities are at hand,
     dh_t = W^T (p_t - onehot)       dW = sum over chunks, in order, of (p - onehot)^T h
 
 and backward only scales them by the loss's own gradient. Logits, probabilities, both gradients and
-the chain over chunks are float32.
+the chain over chunks are float32; p - onehot is rounded to what the device's products read.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.experts.swiglu import product
+from nmoe.experts.product import accumulate, into, operand, product
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -26,21 +26,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_T = torch.empty(h_TD.shape[0], dtype=torch.float32, device=h_TD.device)
         dh_TD = torch.empty(h_TD.shape, dtype=torch.float32, device=h_TD.device)
         dw_VD = torch.zeros(w_VD.shape, dtype=torch.float32, device=h_TD.device)
-        w32_VD = w_VD.float()
+        w_VD = operand(w_VD)
         for start in range(0, h_TD.shape[0], chunk_tokens):
             stop = start + chunk_tokens
-            h_CD, target_C1 = h_TD[start:stop].float(), targets_T[start:stop, None]
+            h_CD, target_C1 = operand(h_TD[start:stop]), targets_T[start:stop, None]
             # One exponential an element: log_softmax and then exp would take two, and they are what it costs.
-            logits_CV = product(h_CD, w32_VD.t(), torch.float32)
+            logits_CV = product(h_CD, w_VD.t(), torch.float32)
             logits_CV.sub_(logits_CV.amax(dim=1, keepdim=True))
             target_logit_C1 = logits_CV.gather(1, target_C1)
             d_logits_CV = logits_CV.exp_()
             z_C1 = d_logits_CV.sum(dim=1, keepdim=True)
             loss_C1 = z_C1.log() - target_logit_C1
             losses_T[start:stop] = loss_C1[:, 0]
-            d_logits_CV.div_(z_C1).scatter_(1, target_C1, torch.expm1(-loss_C1))
-            torch.mm(d_logits_CV, w32_VD, out=dh_TD[start:stop])
-            dw_VD.addmm_(d_logits_CV.t(), h_CD)
+            d_logits_CV = d_logits_CV.div_(z_C1).scatter_(1, target_C1, torch.expm1(-loss_C1)).to(h_CD.dtype)
+            into(dh_TD[start:stop], d_logits_CV, w_VD)
+            accumulate(dw_VD, d_logits_CV.t(), h_CD)
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.dtype = h_TD.dtype
         return total(losses_T)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.experts.swiglu import product, swiglu, swiglu_backward
+from nmoe.experts.product import product
+from nmoe.experts.swiglu import swiglu, swiglu_backward
 
 
 class _Swiglu(torch.autograd.Function):

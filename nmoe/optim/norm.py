@@ -20,7 +20,10 @@ BLOCK = 1024
 """Row sums added in one go."""
 
 ROWS_AT_ONCE = 1 << 18
-"""Elements squared at a time, so that the squares stay in the cache; a row is never cut."""
+"""Elements squared at a time, so that the squares stay in the CPU's cache; a row is never cut."""
+
+ROWS_AT_ONCE_ON_A_GPU = 1 << 26
+"""A GPU's squares take 256 MiB then, and its launches are few."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -55,7 +58,8 @@ def gradient(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
 def row_sums(gradient: torch.Tensor) -> torch.Tensor:
     """Sum of squares of each row: float32, shape (rows,), rows in the order of memory."""
     rows_RD = gradient.reshape(-1, gradient.shape[-1]) if gradient.ndim > 1 else gradient.reshape(1, -1)
-    step = max(1, ROWS_AT_ONCE // max(1, rows_RD.shape[1]))
+    most = ROWS_AT_ONCE if gradient.device.type == "cpu" else ROWS_AT_ONCE_ON_A_GPU
+    step = max(1, most // max(1, rows_RD.shape[1]))
     return torch.cat([part.square().sum(-1) for part in rows_RD.split(step)])
 
 
@@ -74,12 +78,14 @@ def squared_norms(groups: Mapping[str, Iterable[tuple[str, torch.nn.Parameter]]]
     """
     parameters: dict[str, torch.Tensor] = {}
     by_group: dict[str, torch.Tensor] = {}
+    device = next((parameter.device for members in groups.values() for _, parameter in members), None)
     for group, members in groups.items():
         parts = []
         for name, parameter in members:
             parameters[name] = ordered_sum(row_sums(gradient(name, parameter)))
             parts.append(parameters[name])
-        by_group[group] = ordered_sum(torch.stack(parts)) if parts else torch.zeros((), dtype=torch.float64)
+        nothing = torch.zeros((), dtype=torch.float64, device=device)
+        by_group[group] = ordered_sum(torch.stack(parts)) if parts else nothing
     return Norms(parameters=parameters, groups=by_group, total=ordered_sum(torch.stack(list(by_group.values()))))
 
 

@@ -1,9 +1,9 @@
 """One tree out of several texts: the parents that `extends` names, the file, and `--set`.
 
 Layers are laid over each other from the oldest parent to `--set`. Tables merge key by key and the
-later layer wins; arrays are replaced whole. A layer that changes the `kind` of a section starts
-that section afresh: nothing the earlier layers wrote there or below it carries over, because keys
-of one kind mean nothing, or something else, to another.
+later layer wins; arrays are replaced whole. A layer that changes the `kind` of a section, or the
+platform's `target`, starts that section afresh: nothing the earlier layers wrote there or below it
+carries over, because keys of one kind mean nothing, or something else, to another.
 
 `extends = "base.toml"` stands at the top of a file and names one parent, relative to that file.
 `--set section.key=VALUE` is one TOML statement; it may set a whole table, and it cannot set
@@ -169,6 +169,13 @@ def _kind(section: str, table: dict[str, Any]) -> Any:
     return table.get("kind", next(iter(kinds)) if len(kinds) == 1 else None)
 
 
+def _another_kind(section: str, before: dict[str, Any], value: dict[str, Any]) -> bool:
+    """Whether a later layer's table says that the section is of another kind."""
+    if section == "platform":
+        return "target" in value and before.get("target") != value["target"]
+    return "kind" in value and _kind(section, before) != value["kind"]
+
+
 def _merge(tree: Tree, old: dict[str, Any], new: dict[str, Any], path: Path, source: Source, layer: int) -> None:
     for name, value in new.items():
         here = (*path, name)
@@ -176,7 +183,7 @@ def _merge(tree: Tree, old: dict[str, Any], new: dict[str, Any], path: Path, sou
         mark = source.marks.get(here)
         if isinstance(value, dict) and isinstance(before, dict):
             section = ".".join(str(p) for p in here)
-            if "kind" in value and _kind(section, before) != value["kind"]:
+            if _another_kind(section, before, value):
                 _forget(tree, here, before)
                 before.clear()
             if mark is not None and (mark.header or here not in tree.places):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from nmoe.rdep.layout import layout
-from nmoe.rdep.transport import Experts
+from nmoe.rdep.transport import Experts, Places
 
 
 class LocalTransport:
@@ -14,4 +14,13 @@ class LocalTransport:
 
         x_TD: (T, D). indices_TK: (T, K) int64. weights_TK: (T, K) float32. Returns (T, D) in x's dtype.
         """
-        return experts(x_TD, weights_TK, layout(indices_TK, experts.num_experts))
+        return experts(x_TD, weights_TK, places(indices_TK, experts.num_experts))
+
+
+def places(indices_TK: Tensor, num_experts: int) -> Places:
+    """The layout as the routing's device makes it; a GPU's host does not wait for it."""
+    if indices_TK.device.type == "cpu":
+        return layout(indices_TK, num_experts)
+    from nmoe.kernels.layout import make_layout
+
+    return make_layout(indices_TK, num_experts)

@@ -5,11 +5,17 @@ the layout is computed, not negotiated; experts see (expert, microbatch) segment
 a token's rows in the order of k.
 """
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from torch import Tensor
 
 from nmoe.rdep.layout import Layout
+
+if TYPE_CHECKING:
+    from nmoe.kernels.layout import Layout as DeviceLayout
+
+Places: TypeAlias = "Layout | DeviceLayout"
+"""The layout of a routing: plain torch's on the CPU, the kernels' on a GPU."""
 
 
 class Experts(Protocol):
@@ -17,7 +23,7 @@ class Experts(Protocol):
 
     num_experts: int
 
-    def __call__(self, x_TD: Tensor, weights_TK: Tensor, places: Layout) -> Tensor: ...
+    def __call__(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor: ...
 
 
 class Transport(Protocol):

@@ -342,6 +342,9 @@ class Attempt:
         memory = platform.memory(self.plan.config.platform.target)
         sink.add("memory/resident", memory.resident, rank=0)
         sink.add("memory/resident_peak", memory.resident_peak, rank=0)
+        if self.graph.device.type != "cpu":
+            sink.add("memory/device", memory.device_allocated, rank=0)
+            sink.add("memory/device_peak", memory.device_peak, rank=0)
         for name, layer, expert, value in router_health.rows(health):
             sink.add(name, value, layer=layer, expert=expert)
         sink.add("data/batch_digest", None, label=batch.digest)

@@ -2,7 +2,8 @@
 
 import torch
 
-from nmoe.experts.swiglu import product, swiglu, swiglu_backward
+from nmoe.experts.product import product
+from nmoe.experts.swiglu import swiglu, swiglu_backward
 
 
 def test_against_float64_autograd():

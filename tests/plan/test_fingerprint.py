@@ -104,14 +104,13 @@ def test_who_says_it_does_not_matter(data, tmp_path_factory):
             continue
         for key, value in tree[section].items():
             home = data.draw(st.sampled_from(["parent", "child", "set"]))
-            # A table's kind stands with its keys, or a change of it would start the table afresh.
-            if home == "set" and not isinstance(value, dict) and "kind" not in tree[section]:
+            # A table's kind (the platform's target) stands with its keys, or a change would start the table afresh.
+            fresh = {"kind", "target"} & tree[section].keys()
+            if home == "set" and not isinstance(value, dict) and not fresh:
                 sets.append(f"{section}.{key} = {json.dumps(value)}")
                 parent.setdefault(section, {})[key] = 1
             else:
-                (child if home == "child" and "kind" not in tree[section] else parent).setdefault(section, {})[key] = (
-                    value
-                )
+                (child if home == "child" and not fresh else parent).setdefault(section, {})[key] = value
     (directory / "parent.toml").write_text(toml_of(parent))
     (directory / "child.toml").write_text('extends = "parent.toml"\n' + toml_of(child))
     plan = resolve(directory / "child.toml", sets)
