@@ -101,7 +101,7 @@ class AdamW(Group):
         if not whole:
             return
         masters, gradients, exp_avgs, exp_avg_sqs = (list(ts) for ts in zip(*whole, strict=True))
-        steps = [torch.tensor(float(step), device=masters[0].device)] * len(masters)
+        steps = [torch.full((), float(step), device=masters[0].device)] * len(masters)
         torch._fused_adamw_(
             masters,
             gradients,

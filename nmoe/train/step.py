@@ -61,7 +61,7 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     started = time.perf_counter()
     graph.optimizer.clear_gradients()
     graph.model.train()
-    share = torch.tensor(1.0 / graph.tokens_per_step, device=graph.device)
+    share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
     losses = []
     forward_seconds = 0.0
     tensors = [t.to(graph.device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)]
