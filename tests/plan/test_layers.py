@@ -70,6 +70,17 @@ def test_another_kind_starts_the_section_afresh(write):
     assert "`lr`" in missing.message
 
 
+def test_another_target_starts_the_platform_afresh(write):
+    """The CPU's threads mean nothing to a GPU."""
+    model = '[model]\ndtype = "bf16"\n[model.moe.experts]\nkind = "bf16"\nintermediate_size = 16\n'
+    child = write("child.toml", f'extends = "base.toml"\n[platform]\ntarget = "sm_100a"\n{model}')
+    assert resolve(child).tree["platform"] == {"target": "sm_100a"}
+    assert resolve(child, ['platform.target="cpu"', "platform.threads=3"]).config.platform.threads == 3
+    assert "needs the number of threads" in refused(child, ['platform.target="cpu"'])[0].message
+    same = resolve(write("same.toml", 'extends = "base.toml"\n[platform]\ntarget = "cpu"\n'))
+    assert same.config.platform.threads == resolve("base.toml").config.platform.threads
+
+
 def test_the_same_kind_keeps_what_the_child_does_not_write(write):
     plan = resolve(write("child.toml", 'extends = "base.toml"\n[model.attention]\nkind = "mla"\nnum_heads = 4\n'))
     assert plan.config.model.attention.num_heads == 4
