@@ -114,11 +114,10 @@ class GroupedExperts(torch.nn.Module):
 
         places: of the kind that x's device has, as its transport makes it.
         """
-        arguments = x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places
-        if x_TD.device.type == "cpu":
-            y_TD: Tensor = GroupedSwiglu.apply(*arguments)
-            return y_TD
-        from nmoe.experts.hopper import HopperSwiglu
+        swiglu_of = GroupedSwiglu.apply
+        if x_TD.device.type != "cpu":
+            from nmoe.experts.hopper import HopperSwiglu
 
-        y_TD = HopperSwiglu.apply(*arguments)
+            swiglu_of = HopperSwiglu.apply
+        y_TD: Tensor = swiglu_of(x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places)
         return y_TD

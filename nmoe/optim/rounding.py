@@ -9,7 +9,8 @@ a bfloat16 already stays what it is, infinities too.
 
 The integers of one write are a stream named by (seed, "rounding", counter, tensor, block), the
 block being 2^16 neighbouring elements of the flattened logical tensor. `counter` numbers the
-optimizer's updates and is the only state, so the bits do not depend on who rounds which block.
+optimizer's updates and is the only state, so the bits do not depend on who rounds which block. They are
+drawn on the CPU on every target and copied: 1.7 s of one core for a billion (2026-11-24).
 """
 
 import torch

@@ -119,6 +119,23 @@ def test_a_changed_source_file_is_seen_and_others_are_not(tmp_path):
     assert {name for name in hashes if hashes[name] != changed[name]} == {"model/mla.py"}
 
 
+def test_a_gpus_record_has_triton_and_leaves_the_hosts_threads_aside(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(environment.platform, "device_facts", lambda target: {"name": "a GPU"})
+    monkeypatch.setattr(environment, "_cuda_versions", lambda: {"cuda": "13.0"})
+    torch.set_num_threads(1)
+    one = environment.record("sm_90a")
+    torch.set_num_threads(2)
+    two = environment.record("sm_90a")
+    torch.set_num_threads(1)
+    plain(one, "record")
+    assert environment.compare(one, two) == []
+    assert [d.what for d in environment.compare(one, two, part="recorded")] == ["threads"]
+    other = environment.record("sm_100a")["exact"]["triton"]
+    assert other["compiler"] == one["exact"]["triton"]["compiler"]
+    assert other["backend"] != one["exact"]["triton"]["backend"]
+
+
 def test_every_name_that_is_left_out_is_one_that_could_be_in(record):
     for name in environment.NOT_ARITHMETIC:
         assert name.partition("/")[0] in environment.SOURCES

@@ -1,4 +1,4 @@
-"""The loss and every gradient of one step of a small config, on whatever target and in whatever dtype it is resolved for.
+"""The loss and every gradient of one step of a small config, for whatever target and dtype it is resolved.
 
 Weights are the config's own first ones, rounded to bfloat16 everywhere, so that all see the same numbers. Routing is
 given, or two experts that score alike within a rounding would make a token's gradients those of another expert;

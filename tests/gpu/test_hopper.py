@@ -1,4 +1,4 @@
-"""Training on an H100 or H200: `python -m pytest -m gpu tests/gpu`. About ten minutes, most of it the two bench models."""
+"""Training on an H100 or H200: `python -m pytest -m gpu tests/gpu`. Ten minutes, most of it the two bench models."""
 
 import os
 import shutil

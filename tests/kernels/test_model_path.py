@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3}
 
 
 def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.detach().double() - wanted).norm() / wanted.norm())
+    return float(((found.double() - wanted).norm() / wanted.norm()).detach())
 
 
 def normal(*size: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -71,7 +71,9 @@ def test_experts_mean_the_kernels_reference(dtype):
         assert error(tensor.grad, gradient) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("window", "documents", "sinks"), [(None, False, False), (50, True, True), (None, True, False)])
+@pytest.mark.parametrize(
+    ("window", "documents", "sinks"), [(None, False, False), (50, True, True), (None, True, False)]
+)
 def test_attention_means_the_kernels_reference(window, documents, sinks):
     B, H, G, S, Q, V = 2, 6, 2, 150, 24, 16
     q, k, v = (normal(B, h, S, x, seed=s).requires_grad_() for s, (h, x) in enumerate([(H, Q), (G, Q), (G, V)], 20))
