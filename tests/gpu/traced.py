@@ -1,6 +1,6 @@
-"""Run by test_traced.py: one training step of a config on a Hopper GPU that is not there; prints findings as JSON.
+"""Run by test_traced.py: a step of training, and one of evaluation, on a Hopper GPU that is not there.
 
-    python traced.py CONFIG [--set KEY=VALUE ...]
+    python traced.py CONFIG [--set KEY=VALUE ...]          prints what it found as JSON
 
 Tensors are torch's fake ones, which have a device, a dtype and a shape and no memory: every operation of the real
 step is checked for what it is given, and what lies where. The device is torch's spare one, because torch for the CPU
@@ -29,7 +29,9 @@ from triton.runtime.jit import JITFunction
 
 from nmoe import platform
 from nmoe.data.loader import TokenBatch
+from nmoe.eval.bpb import CHUNK_TOKENS
 from nmoe.graph import build
+from nmoe.model.loss import token_losses
 from nmoe.plan.resolve import resolve
 from nmoe.train.step import run_step
 
@@ -109,13 +111,17 @@ def main(config: str, sets: list[str]) -> dict:
             run_step(graph, batch, step=1, tokens_seen=ids_BS.numel(), observe=observe)
             for _, router in graph.routers():
                 router.end_step()
+            with torch.no_grad():
+                h_TD = graph.model.eval()(ids_BS.to(graph.device), ids_BS.to(graph.device))
+                targets_T = ids_BS.flatten().to(graph.device)
+                losses_T = token_losses(h_TD, graph.model.head.weight_VD, targets_T, chunk_tokens=CHUNK_TOKENS)
     tensors = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers()), **graph.state()}
     return {
         "kernels": sorted(kernels.values(), key=lambda kernel: kernel["name"]),
         "operations": {name: sorted(dtypes) for name, dtypes in sorted(operations.seen.items())},
         "gradients": sorted(set(gradients.values())),
         "parameters": len(gradients) == len(list(graph.model.parameters())),
-        "devices": sorted({str(tensor.device) for tensor in tensors.values()}),
+        "devices": sorted({str(tensor.device) for tensor in [losses_T, *tensors.values()]}),
         "dtypes": sorted({str(parameter.dtype) for parameter in graph.model.parameters()}),
     }
 
