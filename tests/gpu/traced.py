@@ -110,7 +110,7 @@ def main(config: str, sets: list[str]) -> dict:
         with operations:
             run_step(graph, batch, step=1, tokens_seen=ids_BS.numel(), observe=observe)
             for _, router in graph.routers():
-                router.end_step()
+                router.end_step(ids_BS.numel())
             with torch.no_grad():
                 h_TD = graph.model.eval()(ids_BS.to(graph.device), ids_BS.to(graph.device))
                 targets_T = ids_BS.flatten().to(graph.device)
