@@ -1,4 +1,6 @@
-"""Launch parameters of the grouped products and of attention, pinned: read by shape class, never tuned at run time.
+"""Launch parameters of the kernels, pinned: read by target and shape class, never tuned at run time.
+
+First the grouped products.
 
 `share` = 1: two warpgroups take turns, each with its own 128 x 128 tile, so that one's epilogue
 runs under the other's products. `share` = 2: both work on one 128 x 256 tile, 64 rows each.
@@ -72,3 +74,84 @@ def attention_launch(query_size: int, value_size: int) -> AttentionLaunch:
     if query_size == value_size == 64:
         return AttentionLaunch(2, 5, 5, 2)
     return AttentionLaunch(2, 3, 3, 2)
+
+
+class RowsLaunch(NamedTuple):
+    """A kernel whose program holds whole rows: tiles of (rows, block) elements, `chunk` rows a program at most."""
+
+    block: int
+    rows: int
+    chunk: int
+    warps: int
+
+
+def norm_launch(width: int) -> RowsLaunch:
+    """4096 elements a tile; a chunk of rows is what one partial sum of the weight's gradient covers."""
+    block = max(32, _power_of_two(width))
+    return RowsLaunch(block, max(1, 4096 // block), max(32, 32768 // block), max(4, min(16, block // 1024)))
+
+
+def swiglu_launch(width: int) -> RowsLaunch:
+    """2048 elements a tile; wide rows are cut into pieces of 1024."""
+    block = max(32, min(1024, _power_of_two(width)))
+    return RowsLaunch(block, 2048 // block, 2048 // block, 4)
+
+
+def rope_launch(width: int) -> RowsLaunch:
+    """16 tokens a program, which goes through their heads; `block` is unused padding room of one head's width."""
+    return RowsLaunch(max(16, _power_of_two(width)), 16, 16, 4)
+
+
+class LossLaunch(NamedTuple):
+    """One program a row of logits, `block` logits at a time."""
+
+    block: int
+    warps: int
+
+
+def loss_launch(vocab_size: int) -> LossLaunch:
+    """As many threads as a multiprocessor's half holds, so that few rows are in flight and the second read is the L2's."""
+    block = max(128, min(16384, _power_of_two(vocab_size)))
+    return LossLaunch(block, max(1, min(32, block // 512)))
+
+
+LOSS_BYTES = 3 << 29
+"""Room for a chunk's float32 logits and their bf16 gradient, 6 bytes a logit."""
+
+
+def loss_chunk(vocab_size: int) -> int:
+    """Tokens of a chunk: the power of two that fills LOSS_BYTES, at least 256 (4096 for 50k, 1024 for 201k logits)."""
+    return max(256, _power_of_two(LOSS_BYTES // (6 * vocab_size) + 1) // 2)
+
+
+class FlatLaunch(NamedTuple):
+    """A program takes `chunk` neighbouring elements, `block` at a time."""
+
+    chunk: int
+    block: int
+    warps: int
+
+
+ADAMW_LAUNCH = FlatLaunch(16384, 2048, 8)
+"""1 and 8 blocks a program differ in how often the table is read; 8 elements a thread are two 16-byte loads."""
+
+SQUARES_LAUNCH = RowsLaunch(128, 32, 32, 4)
+"""Rows' squares: one shape for every width, since a row's order of addition is the tile's."""
+
+
+class SymmetricLaunch(NamedTuple):
+    """Square tiles of `block`, `depth` of the common axis a stage."""
+
+    block: int
+    depth: int
+    stages: int
+    warps: int
+
+
+SYMMETRIC_LAUNCH = SymmetricLaunch(128, 64, 3, 8)
+"""Three stages are 96 KiB, so that two programs share a multiprocessor and one's epilogue hides under the other."""
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is not below n."""
+    return 1 << max(0, n - 1).bit_length()
