@@ -152,7 +152,7 @@ class FusedAdamW:
                 _require("weight", s.weight, s.master.numel(), tuple(DTYPES))
         kinds = {None if s.weight is None else s.weight.dtype for s in self.states}
         if len(kinds) > 1:
-            raise fail("N0719", "some tensors have a weight beside their master and some have none, or of another dtype",
+            raise fail("N0719", "tensors differ in whether they have a weight beside their master, or in its dtype",
                        place="adamw kernel", help="give each kind an object of its own")  # fmt: skip
         self.weight_dtype = next(iter(kinds), None)
         self.parts = []

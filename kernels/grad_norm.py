@@ -85,7 +85,8 @@ def rows_kernel(table_ptr, gradient_ptr, owner_ptr, out_ptr, ALIGNED: tl.constex
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, width, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
-        g = tl.load(g_ptr + r[:, None] * width + c[None, :], mask=(r < count)[:, None] & (c < width)[None, :], other=0.0)
+        mask = (r < count)[:, None] & (c < width)[None, :]
+        g = tl.load(g_ptr + r[:, None] * width + c[None, :], mask=mask, other=0.0)
         acc += g * g
     tl.store(out_ptr + tl.load(row + 3) + r, tl.sum(acc, axis=1), mask=r < count)
 
@@ -130,9 +131,7 @@ class GradNorm:
         for aligned in (True, False):
             chosen = [n for n, (_, width) in enumerate(sizes) if (width % 4 == 0) is aligned]
             owner_P, first = pieces([triton.cdiv(sizes[n][0], SQUARES_LAUNCH.rows) for n in chosen], device)
-            table = [
-                (*sizes[n], at, place[n]) for n, at in zip(chosen, first, strict=True)
-            ]
+            table = [(*sizes[n], at, place[n]) for n, at in zip(chosen, first, strict=True)]
             if table:
                 self.classes.append((aligned, chosen, owner_P, rows(table, device), Addresses(device)))
         self.tensors = [rows(level, device) for level in levels([count for count, _ in sizes])]

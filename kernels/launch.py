@@ -77,7 +77,7 @@ def attention_launch(query_size: int, value_size: int) -> AttentionLaunch:
 
 
 class RowsLaunch(NamedTuple):
-    """A kernel whose program holds whole rows: tiles of (rows, block) elements, `chunk` rows a program at most."""
+    """Tiles of (rows, block) elements; a program takes `chunk` rows where it goes through several tiles."""
 
     block: int
     rows: int
@@ -97,9 +97,14 @@ def swiglu_launch(width: int) -> RowsLaunch:
     return RowsLaunch(block, 2048 // block, 2048 // block, 4)
 
 
-def rope_launch(width: int) -> RowsLaunch:
-    """16 tokens a program, which goes through their heads; `block` is unused padding room of one head's width."""
-    return RowsLaunch(max(16, _power_of_two(width)), 16, 16, 4)
+class TokensLaunch(NamedTuple):
+    """A program takes `tokens` neighbouring tokens and goes through their heads."""
+
+    tokens: int
+    warps: int
+
+
+ROPE_LAUNCH = TokensLaunch(16, 4)
 
 
 class LossLaunch(NamedTuple):
@@ -110,7 +115,7 @@ class LossLaunch(NamedTuple):
 
 
 def loss_launch(vocab_size: int) -> LossLaunch:
-    """As many threads as a multiprocessor's half holds, so that few rows are in flight and the second read is the L2's."""
+    """A row to each multiprocessor, 1024 threads of 64 registers: rows in flight then fit the L2 for a second read."""
     block = max(128, min(16384, _power_of_two(vocab_size)))
     return LossLaunch(block, max(1, min(32, block // 512)))
 

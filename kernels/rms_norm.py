@@ -148,7 +148,8 @@ def rms_norm_backward(
     )  # fmt: skip
     while len(part_PD) > 1:
         sum_PD = part_PD.new_empty(triton.cdiv(len(part_PD), GROUP), width)
-        sum_kernel[(len(sum_PD), triton.cdiv(width, 64))](part_PD, sum_PD, len(part_PD), width, GROUP, 32, 64, num_warps=4)
+        grid = (len(sum_PD), triton.cdiv(width, 64))
+        sum_kernel[grid](part_PD, sum_PD, len(part_PD), width, GROUP, 32, 64, num_warps=4)
         part_PD = sum_PD
     return ds_TD, part_PD[0]
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nmoe.errors import fail
-from nmoe.kernels.launch import rope_launch
+from nmoe.kernels.launch import ROPE_LAUNCH
 
 
 def rope_reference(x_BSHX: Tensor, table_SJ: Tensor, *, interleaved: bool) -> Tensor:
@@ -71,7 +71,7 @@ def _angles(table_ptr, s, S, J, BACK: tl.constexpr, ROWS: tl.constexpr, BLOCK_J:
 
 @triton.jit
 def rope_kernel(x_ptr, table_ptr, out_ptr, S, H, N, J, x_b, x_s, x_h, BACK: tl.constexpr, INTERLEAVED: tl.constexpr,
-                ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):  # fmt: skip
+                KEPT: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr):  # fmt: skip
     s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.program_id(1).to(tl.int64)
     real = (s < S)[:, None]
@@ -83,7 +83,7 @@ def rope_kernel(x_ptr, table_ptr, out_ptr, S, H, N, J, x_b, x_s, x_h, BACK: tl.c
     out_at = out_ptr + (b * S + s)[:, None] * H * (N + 2 * J)
     dtype = out_ptr.dtype.element_ty
     for _ in range(H):
-        if BLOCK_N > 1:
+        if KEPT:
             kept = tl.load(x_at + n[None, :], mask=real & (n < N)[None, :])
             tl.store(out_at + n[None, :], kept, mask=real & (n < N)[None, :])
         if INTERLEAVED:
@@ -161,19 +161,19 @@ def _require(**tensors: Tensor) -> None:
 
 
 def _block(width: int) -> int:
-    return max(1, triton.next_power_of_2(width)) if width else 1
+    return triton.next_power_of_2(max(1, width))
 
 
 def _rope(x_BSHX: Tensor, table_SJ: Tensor, interleaved: bool, back: bool) -> Tensor:
     _require(x_BSHX=x_BSHX)
     B, S, H, X = x_BSHX.shape
     pairs = table_SJ.shape[1]
-    p = rope_launch(X)
+    p = ROPE_LAUNCH
     out_BSHX = torch.empty(B, S, H, X, dtype=x_BSHX.dtype, device=x_BSHX.device)
     if out_BSHX.numel():
-        rope_kernel[(triton.cdiv(S, p.rows), B)](
+        rope_kernel[(triton.cdiv(S, p.tokens), B)](
             x_BSHX, torch.view_as_real(table_SJ), out_BSHX, S, H, X - 2 * pairs, pairs, *x_BSHX.stride()[:3], back,
-            interleaved, p.rows, _block(X - 2 * pairs), _block(pairs), num_warps=p.warps,
+            interleaved, X > 2 * pairs, p.tokens, _block(X - 2 * pairs), _block(pairs), num_warps=p.warps,
         )  # fmt: skip
     return out_BSHX
 
@@ -197,12 +197,12 @@ class _MlaKeys(torch.autograd.Function):
         _require(kv_BSHX=kv_BSHX, k_rope_BSR=k_rope_BSR)
         B, S, H, X = kv_BSHX.shape
         own, pairs = X - value_size, table_SJ.shape[1]
-        p = rope_launch(X)
+        p = ROPE_LAUNCH
         k_BSHQ = torch.empty(B, S, H, own + 2 * pairs, dtype=kv_BSHX.dtype, device=kv_BSHX.device)
         if k_BSHQ.numel():
-            keys_kernel[(triton.cdiv(S, p.rows), B)](
+            keys_kernel[(triton.cdiv(S, p.tokens), B)](
                 kv_BSHX, k_rope_BSR, torch.view_as_real(table_SJ), k_BSHQ, S, H, own, value_size, pairs,
-                *k_rope_BSR.stride()[:2], p.rows, _block(own), _block(pairs), num_warps=p.warps,
+                *k_rope_BSR.stride()[:2], p.tokens, _block(own), _block(pairs), num_warps=p.warps,
             )  # fmt: skip
         ctx.table_SJ = table_SJ
         return k_BSHQ, kv_BSHX[..., own:]
@@ -213,13 +213,13 @@ class _MlaKeys(torch.autograd.Function):
         B, S, H, V = dv_BSHV.shape
         pairs = ctx.table_SJ.shape[1]
         own = dk_BSHQ.shape[3] - 2 * pairs
-        p = rope_launch(own + V)
+        p = ROPE_LAUNCH
         dkv_BSHX = torch.empty(B, S, H, own + V, dtype=dk_BSHQ.dtype, device=dk_BSHQ.device)
         d_rope_BSR = torch.empty(B, S, 2 * pairs, dtype=dk_BSHQ.dtype, device=dk_BSHQ.device)
         if dkv_BSHX.numel():
-            keys_backward_kernel[(triton.cdiv(S, p.rows), B)](
+            keys_backward_kernel[(triton.cdiv(S, p.tokens), B)](
                 dk_BSHQ, dv_BSHV, torch.view_as_real(ctx.table_SJ), dkv_BSHX, d_rope_BSR, S, H, own, V, pairs,
-                *dk_BSHQ.stride()[:3], *dv_BSHV.stride()[:3], p.rows, _block(own), _block(V), _block(pairs),
+                *dk_BSHQ.stride()[:3], *dv_BSHV.stride()[:3], p.tokens, _block(own), _block(V), _block(pairs),
                 num_warps=p.warps,
             )  # fmt: skip
         return dkv_BSHX, d_rope_BSR, None, None

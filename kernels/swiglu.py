@@ -35,7 +35,8 @@ def forward_kernel(pre_ptr, out_ptr, tokens, F, ROWS: tl.constexpr, BLOCK: tl.co
     at = t[:, None] * F * 2 + f[None, :]
     gate = tl.load(pre_ptr + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(pre_ptr + at + F, mask=mask, other=0.0).to(tl.float32)
-    act = gate / (1.0 + tl.exp(-gate)) * up
+    s = 1.0 / (1.0 + tl.exp(-gate))
+    act = gate * s * up
     tl.store(out_ptr + t[:, None] * F + f[None, :], act.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -117,4 +117,6 @@ for short, long in ((384, 768), (768, 768), (1408, 2048)):
     case = f"symmetric {short} {long}"
     gram = newton_schulz.symmetric_product(empty(4, short, long), 1.0)
     newton_schulz.symmetric_product(gram, 2.0, gram, -4.8)
+    newton_schulz.product(gram, empty(4, short, long), 3.4)
+    newton_schulz.normalized(empty(4, short, long, dtype=torch.float32), torch.bfloat16, 1e-7)
 print(json.dumps(found))
