@@ -34,11 +34,12 @@ def symmetric_reference(x_NAB: Tensor, alpha: float, s_NAA: Tensor | None = None
 def squares_kernel(x_ptr, square_ptr, A, B, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.program_id(1).to(tl.int64)
+    x_ptr += n * A * B
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, B, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
         mask = (row < A)[:, None] & (c < B)[None, :]
-        x = tl.load(x_ptr + n * A * B + row[:, None] * B + c[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + row[:, None] * B + c[None, :], mask=mask, other=0.0)
         acc += x * x
     tl.store(square_ptr + n * A + row, tl.sum(acc, axis=1), mask=row < A)
 

@@ -173,7 +173,7 @@ def _rope(x_BSHX: Tensor, table_SJ: Tensor, interleaved: bool, back: bool) -> Te
     if out_BSHX.numel():
         rope_kernel[(triton.cdiv(S, p.tokens), B)](
             x_BSHX, torch.view_as_real(table_SJ), out_BSHX, S, H, X - 2 * pairs, pairs, *x_BSHX.stride()[:3], back,
-            interleaved, X > 2 * pairs, p.tokens, _block(X - 2 * pairs), _block(pairs), num_warps=p.warps,
+            interleaved, 2 * pairs < X, p.tokens, _block(X - 2 * pairs), _block(pairs), num_warps=p.warps,
         )  # fmt: skip
     return out_BSHX
 
