@@ -143,6 +143,9 @@ ADAMW_LAUNCH = FlatLaunch(16384, 2048, 8)
 SQUARES_LAUNCH = RowsLaunch(128, 32, 32, 4)
 """Rows' squares: one shape for every width, since a row's order of addition is the tile's."""
 
+NORMALIZE_LAUNCH = RowsLaunch(128, 16, 16, 4)
+"""A stack of matrices over its norms: half the rows of SQUARES_LAUNCH, whose loop would spill here."""
+
 
 class SymmetricLaunch(NamedTuple):
     """Square tiles of `block`, `depth` of the common axis a stage."""

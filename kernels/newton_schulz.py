@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.kernels.launch import SQUARES_LAUNCH, SYMMETRIC_LAUNCH
+from nmoe.kernels.launch import NORMALIZE_LAUNCH, SYMMETRIC_LAUNCH
 
 
 def symmetric_reference(x_NAB: Tensor, alpha: float, s_NAA: Tensor | None = None, beta: float = 0.0) -> Tensor:
@@ -36,10 +36,10 @@ def squares_kernel(x_ptr, square_ptr, A, B, ROWS: tl.constexpr, COLUMNS: tl.cons
     n = tl.program_id(1).to(tl.int64)
     x_ptr += n * A * B
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    x_ptr += row[:, None] * B
     for first in range(0, B, COLUMNS):
         c = first + tl.arange(0, COLUMNS)
-        mask = (row < A)[:, None] & (c < B)[None, :]
-        x = tl.load(x_ptr + row[:, None] * B + c[None, :], mask=mask, other=0.0)
+        x = tl.load(x_ptr + c[None, :], mask=(row < A)[:, None] & (c < B)[None, :], other=0.0)
         acc += x * x
     tl.store(square_ptr + n * A + row, tl.sum(acc, axis=1), mask=row < A)
 
@@ -121,7 +121,7 @@ def normalized(x_NAB: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     matrices, rows, columns = x_NAB.shape
     square_NA = torch.empty(matrices, rows, dtype=torch.float32, device=x_NAB.device)
     out_NAB = torch.empty(x_NAB.shape, dtype=dtype, device=x_NAB.device)
-    p = SQUARES_LAUNCH
+    p = NORMALIZE_LAUNCH
     grid = (triton.cdiv(rows, p.rows), matrices)
     squares_kernel[grid](x_NAB, square_NA, rows, columns, p.rows, p.block, num_warps=p.warps)
     divide_kernel[grid](

@@ -178,7 +178,8 @@ class _AddRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, past_TD: Tensor | None, dn_TD: Tensor | None) -> tuple[Tensor | None, ...]:
         if dn_TD is None:
             return past_TD, past_TD, None, None
-        ds_TD, dw_D = rms_norm_backward(dn_TD, *ctx.saved_tensors, past_TD)
+        s_TD, w_D, r_T = ctx.saved_tensors
+        ds_TD, dw_D = rms_norm_backward(dn_TD, s_TD, w_D, r_T, past_TD)
         return ds_TD, ds_TD, dw_D, None
 
 

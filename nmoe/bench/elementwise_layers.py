@@ -157,7 +157,7 @@ def keys_case(B: int, S: int, H: int, N: int, V: int, J: int) -> Case:
 
     def exact() -> dict[str, Tensor]:
         leaves = leaves_of(kv, wide[..., 512:], dtype=torch.float64)
-        k, v = rope.mla_keys_reference(*leaves, table_SJ, V)
+        k, v = rope.mla_keys_reference(leaves[0], leaves[1], table_SJ, V)
         grads = torch.autograd.grad((k, v), leaves, (dk.double(), dv.double()))
         return {"k": k, "v": v, "dkv": grads[0], "drope": grads[1]}
 

@@ -29,12 +29,12 @@ def loss_case(T: int, D: int, V: int, C: int | None = None) -> Case:
     leaves[1].grad_dtype = torch.float32
 
     def whole() -> tuple[Tensor, ...]:
-        loss = cross_entropy.linear_cross_entropy(*leaves, targets, chunk_tokens=chunk)
+        loss = cross_entropy.linear_cross_entropy(leaves[0], leaves[1], targets, chunk_tokens=chunk)
         return loss.detach(), *torch.autograd.grad(loss, leaves)
 
     def exact() -> dict[str, Tensor]:
         leaves = leaves_of(h, w, dtype=torch.float64)
-        loss = cross_entropy.cross_entropy_reference(*leaves, targets).sum()
+        loss = cross_entropy.cross_entropy_reference(leaves[0], leaves[1], targets).sum()
         return dict(zip(("loss", "dh", "dw"), (loss, *torch.autograd.grad(loss, leaves)), strict=True))
 
     def facts() -> dict[str, bool]:
@@ -93,7 +93,11 @@ def loss_case(T: int, D: int, V: int, C: int | None = None) -> Case:
 def adamw_case(shapes: Sequence[tuple[int, ...]]) -> Case:
     normal = normals()
     wide = partial(normal, dtype=torch.float32)
-    states = [adamw.State(wide(*s), wide(*s), wide(*s).square(), normal(*s), len(s) > 1) for s in shapes]
+    weights = [normal(*s) for s in shapes]
+    states = [
+        adamw.State(wide(*s), wide(*s), wide(*s).square(), weight, len(s) > 1)
+        for s, weight in zip(shapes, weights, strict=True)
+    ]
     grads = [wide(*s) for s in shapes]
     start = [[t.clone() for t in s[:3]] for s in states]
     group = adamw.FusedAdamW(states)
@@ -109,7 +113,8 @@ def adamw_case(shapes: Sequence[tuple[int, ...]]) -> Case:
             for t, value in zip(state[:3], first, strict=True):
                 t.copy_(value)
         step()
-        return {k: torch.cat([s[i].flatten() for s in states]) for i, k in enumerate(("w", "m", "v", "weight"))}
+        lists = ([s.master for s in states], [s.exp_avg for s in states], [s.exp_avg_sq for s in states], weights)
+        return {k: torch.cat([t.flatten() for t in ts]) for k, ts in zip(("w", "m", "v", "weight"), lists, strict=True)}
 
     def reference(dtype: torch.dtype) -> dict[str, Tensor]:
         made = [
@@ -141,7 +146,7 @@ def adamw_case(shapes: Sequence[tuple[int, ...]]) -> Case:
         @torch.no_grad()
         def plain() -> None:
             optimizer.step()
-            torch._foreach_copy_([s.weight for s in states], [p.detach() for p in params])
+            torch._foreach_copy_(weights, [p.detach() for p in params])
 
         count = sum(s.master.numel() for s in states)
         return [Part("step", step, 30.0 * count, 0, {"torch fused, copy": Peer(plain, (), None, False)})]

@@ -1,7 +1,7 @@
-"""Run by test_fused_interpreted.py in a process of its own, because Triton reads TRITON_INTERPRET when kernels are defined.
+"""Run by test_fused_interpreted.py in a process of its own: Triton reads TRITON_INTERPRET when kernels are defined.
 
-Prints one JSON object, name -> largest deviation from the float64 meaning (0 where bits must agree, 1 where a fact fails).
-Deviations are relative to the largest value.
+Prints one JSON object, name -> largest deviation from the float64 meaning, relative to the largest value; for facts
+and bits 0 where they hold and 1 where not.
 """
 
 import json
@@ -118,7 +118,8 @@ for dtype in (None, torch.float16):  # the interpreter's bfloat16 is wrong
     group = adamw.FusedAdamW(states)
     before = [[t.clone() for t in state[:3]] for state in states]
     group.step(grads, factors, scale=scale, verdict=held)
-    note("adamw.held", not all(torch.equal(a, b) for s, o in zip(states, before, strict=True) for a, b in zip(s, o)))
+    for state, old in zip(states, before, strict=True):
+        note("adamw.held", not all(torch.equal(a, b) for a, b in zip(state[:3], old, strict=True)))
     moved = [g.clone() for g in grads]  # other addresses
     group.step(moved, factors, scale=scale, verdict=torch.zeros_like(held))
     for state, want in zip(states, wanted, strict=True):
