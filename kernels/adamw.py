@@ -16,7 +16,7 @@ Repeatable: elementwise; an element's bits do not depend on where it lies or how
 the device, made once, holds addresses and sizes; gradients' addresses are sent again when they have moved.
 
 Floor: 30 bytes a parameter (w, m, v read and written 24, g read 4, weight written 2): 28 without the weight.
-Prediction for 9.2e8 parameters at 2.9 TB/s: 9.5 ms. Measured: see NOTES.md.
+Prediction for 9.8e8 parameters at 2.9 TB/s: 10.2 ms. Measured: see NOTES.md.
 """
 
 from collections.abc import Sequence

@@ -17,8 +17,8 @@ Repeatable: one program owns a row; each thread keeps a running maximum and sum 
 tree adds them at the end; a token's loss does not depend on the others of its chunk beyond the product's shape. A
 target outside the vocabulary makes the loss nan, which the step's verdict sees.
 
-Floor for T tokens: three products, 6 T V D FLOPs, and 10 T V bytes of logits (4 + 4 + 2; the second read is the
-L2's where 132 rows fit it: V up to 60k) and 2 * 2 T V for the products' reads. Prediction for T 16384, D 2048,
+Floor for T tokens: three products, 6 T V D FLOPs, and between them the kernel's 6 T V bytes (4 read and 2 written;
+its second read is the L2's where 132 rows fit it, V up to 60k, and 4 T V more beyond). Prediction for T 16384, D 2048,
 V 50304 at 700 TFLOP/s and 3 TB/s: 14.5 ms of products, 1.65 ms of kernel; D 768, T 32768: 10.9 and 3.3 ms.
 Measured: see NOTES.md. Liger's kernel (arXiv 2410.10989) overwrites bf16 logits in place, 4 V bytes a token less.
 """

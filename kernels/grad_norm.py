@@ -14,8 +14,8 @@ row's place, the tensor or who holds it. Where the length is a multiple of 4 loa
 Repeatable: no atomics; fixed blocks, fixed trees. The order within a row and within a block is the kernel's, not
 torch's, so figures equal the reference's to float32 rounding of one row (about 1e-7).
 
-Floor: 4 bytes a parameter read; the float64 levels are thousandths of that. Prediction for 9.2e8 parameters at
-2.8 TB/s: 1.3 ms in 6 to 8 launches. Measured: see NOTES.md.
+Floor: 4 bytes a parameter read; the float64 levels are thousandths of that. Prediction for 9.8e8 parameters at
+2.8 TB/s: 1.4 ms in 6 to 8 launches. Measured: see NOTES.md.
 """
 
 from collections.abc import Sequence

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.errors import fail
 from nmoe.kernels.launch import NORMALIZE_LAUNCH, SYMMETRIC_LAUNCH
 
 
@@ -116,8 +117,18 @@ def product_kernel(p_ptr, x_ptr, out_ptr, A, B, beta, BLOCK: tl.constexpr, DEPTH
     tl.store(out_ptr + n * A * B + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def _require(**stacks: Tensor) -> None:
+    for name, t in stacks.items():
+        if t.ndim != 3 or not t.is_contiguous() or t.dtype not in (torch.bfloat16, torch.float32):
+            raise fail(
+                "N0721", f"`{name}` must be a contiguous stack of matrices, bf16 or float32, found {t.dtype} of "
+                f"{tuple(t.shape)} with strides {t.stride()}", place="newton-schulz kernels",
+            )  # fmt: skip
+
+
 def normalized(x_NAB: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
-    """x / max(||x||_F, eps) for each float32 matrix, rounded to `dtype`."""
+    """x / max(||x||_F, eps) for each float32 matrix, rounded to `dtype`. Raises N0721 for another layout."""
+    _require(x_NAB=x_NAB)
     matrices, rows, columns = x_NAB.shape
     square_NA = torch.empty(matrices, rows, dtype=torch.float32, device=x_NAB.device)
     out_NAB = torch.empty(x_NAB.shape, dtype=dtype, device=x_NAB.device)
@@ -131,7 +142,8 @@ def normalized(x_NAB: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 
 
 def product(p_NAA: Tensor, x_NAB: Tensor, beta: float) -> Tensor:
-    """P X + beta X for each matrix; both contiguous, one dtype."""
+    """P X + beta X for each matrix; both contiguous, one dtype. Raises N0721 for another layout."""
+    _require(p_NAA=p_NAA, x_NAB=x_NAB)
     matrices, short, long = x_NAB.shape
     out_NAB = torch.empty_like(x_NAB)
     p = SYMMETRIC_LAUNCH
@@ -145,8 +157,10 @@ def product(p_NAA: Tensor, x_NAB: Tensor, beta: float) -> Tensor:
 def symmetric_product(x_NAB: Tensor, alpha: float, s_NAA: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """alpha X X^T + beta S for each matrix: (N, A, A), symmetric bit for bit off the diagonal's tiles.
 
-    x_NAB: bf16 or float32, contiguous; s_NAA: symmetric, x's dtype, contiguous.
+    x_NAB: bf16 or float32, contiguous; s_NAA: symmetric, x's dtype, contiguous. Raises N0721 for
+    another dtype or layout.
     """
+    _require(x_NAB=x_NAB)
     matrices, short, long = x_NAB.shape
     out_NAA = torch.empty(matrices, short, short, dtype=x_NAB.dtype, device=x_NAB.device)
     p = SYMMETRIC_LAUNCH

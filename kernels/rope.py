@@ -1,10 +1,10 @@
 """Rotary positions, and the queries and keys that attention reads, in one pass over a projection's output.
 
-    rope: a head [n | r] -> [n | turn_p(r)]             pair j of position p turns by the angle of table[p, j]
+    rope: a head [n | r] -> [n | turn_p(r)]             pair j of position p times table[p, j]
     MLA's keys: k_h = [n_h | turn_p(k_rope)]            one rotary key for all heads; v_h stays where it is
 
 (Su et al., arXiv 2104.09864; DeepSeek-V2, arXiv 2405.04434, section 2.1.) Pairs are elements (2j, 2j + 1)
-("interleaved") or (j, j + J). Backward turns the other way; the rotary key's gradient is the sum over heads,
+("interleaved") or (j, j + J). Backward multiplies by the conjugate; the rotary key's gradient is the sum over heads,
 
     dk_rope = turn_-p(sum over h = 0 .. H-1, in that order, of the last 2J of dk_h)
 
@@ -33,7 +33,7 @@ from nmoe.kernels.launch import ROPE_LAUNCH
 
 
 def rope_reference(x_BSHX: Tensor, table_SJ: Tensor, *, interleaved: bool) -> Tensor:
-    """The meaning of `rope`: the last 2J of X turned by table_SJ = exp(i angle); differentiable, any dtype."""
+    """The meaning of `rope`: the last 2J of X, as complex pairs, times table_SJ; differentiable, any dtype."""
     pairs = table_SJ.shape[1]
     kept, turned = x_BSHX.split([x_BSHX.shape[3] - 2 * pairs, 2 * pairs], dim=3)
     pair_axis = -1 if interleaved else -2
@@ -233,8 +233,8 @@ def rope(x_BSHX: Tensor, table_SJ: Tensor, *, interleaved: bool) -> Tensor:
     """The last 2J of each head turned, the first X - 2J as they are; differentiable.
 
     x_BSHX: (B, S, H, X), bf16 or float32, any strides with the last axis contiguous. table_SJ: (S, J)
-    complex64 on x's device, exp(i angle). Returns (B, S, H, X) contiguous, x's dtype. Raises N0717 for another
-    dtype or layout.
+    complex64 on x's device, exp(i angle), times a factor where positions are stretched. Returns
+    (B, S, H, X) contiguous, x's dtype. Raises N0717 for another dtype or layout.
     """
     y_BSHX: Tensor = _Rope.apply(x_BSHX, table_SJ, interleaved)
     return y_BSHX

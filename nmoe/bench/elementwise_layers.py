@@ -108,7 +108,7 @@ def swiglu_case(T: int, F: int) -> Case:
 def rope_case(B: int, S: int, H: int, N: int, J: int, *, interleaved: bool) -> Case:
     normal = normals()
     x, dy = normal(B, S, H, N + 2 * J), normal(B, H, S, N + 2 * J).transpose(1, 2)
-    table_SJ = table(S, 2 * J, 10000.0, torch.device(DEVICE))
+    table_SJ = table(S, 2 * J, 10000.0, None, torch.device(DEVICE))
     turn = partial(rope.rope, table_SJ=table_SJ, interleaved=interleaved)
 
     def forward() -> Tensor:
@@ -143,7 +143,7 @@ def keys_case(B: int, S: int, H: int, N: int, V: int, J: int) -> Case:
     normal = normals()
     kv, wide = normal(B, S, H, N + V), normal(B, S, 512 + 2 * J)
     dk, dv = normal(B, H, S, N + 2 * J).transpose(1, 2), normal(B, H, S, V).transpose(1, 2)
-    table_SJ = table(S, 2 * J, 10000.0, torch.device(DEVICE))
+    table_SJ = table(S, 2 * J, 10000.0, None, torch.device(DEVICE))
     inputs = leaves_of(kv, wide)
 
     def forward() -> tuple[Tensor, Tensor]:

@@ -77,7 +77,7 @@ def loss_case(T: int, D: int, V: int, C: int | None = None) -> Case:
             "torch, chunk compiled": Peer(chunked(torch.compile(plain, dynamic=False)), leaves, None, False),
         }
         return [
-            Part("whole", whole, 10.0 * T * V, 6.0 * T * V * D, peers),
+            Part("whole", whole, 6.0 * T * V, 6.0 * T * V * D, peers),
             Part("kernel", partial(kernel, logits, some, losses, d), 3 * each, 0, {}),
             Part("kernel, bf16", partial(kernel, narrow, some, losses, d), 2 * each, 0, {}),
             Part("logits", partial(cross_entropy._product, h[:room], w.t(), logits), 0, product, {}),
