@@ -4,13 +4,15 @@
 `check` compares results with float64 at odd sizes, into memory poisoned with NaN, and facts bit for bit (a row's bits
 do not depend on the others; AdamW is the reference's to the bit; a set verdict holds every write). `repeat` runs each
 case twenty times and prints digests, for comparison between processes. `time` is the median of CUDA events over a
-CUDA graph, beside the floor: bytes over this run's copy bandwidth plus, where there are products, FLOPs over its
-dense bf16 product of 8192^3. Peers run the same work in the same process: torch as it is and through torch.compile,
-the trainer's plain layers ("model"); a peer that cannot be captured is timed as calls and says so.
+CUDA graph, with an L2 that holds nothing of the last run, beside the floor: bytes over this run's copy bandwidth plus,
+where there are products, FLOPs over its dense bf16 product of 8192^3. Peers run the same work in the same process:
+torch as it is and through torch.compile, the trainer's plain layers ("model"); what cannot be captured is timed as
+calls and says so.
 """
 
 import argparse
 import json
+import statistics
 import sys
 import traceback
 from collections.abc import Callable
@@ -88,11 +90,13 @@ REPEATED = {name: case for name, case in SHAPES.items() if name != "adamw super2
 def check(name: str) -> dict:
     """Relative errors against float64, and the facts that do not hold."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty then fills with NaN
-    case = ODD[name]()
-    wanted, got = case.exact(), case.ours()
-    errors = {key: error(value, wanted[key]) for key, value in got.items()}
-    facts = case.facts()
-    torch.use_deterministic_algorithms(False)
+    try:
+        case = ODD[name]()
+        wanted, got = case.exact(), case.ours()
+        errors = {key: error(value, wanted[key]) for key, value in got.items()}
+        facts = case.facts()
+    finally:
+        torch.use_deterministic_algorithms(False)
     bad = [key for key, limit in case.limits.items() if not errors[key] <= limit]
     row = {"case": name, **errors, "facts": facts, "bad": bad + [key for key, holds in facts.items() if not holds]}
     print("check", name, " ".join(f"{k} {v:.1e}" for k, v in errors.items()), f"facts {len(facts)} bad {row['bad']}",
@@ -115,6 +119,21 @@ def repeat(name: str, times: int = 20) -> dict:
     return row
 
 
+def cold_milliseconds(call: Callable[[], object], runs: int = 15) -> float:
+    """Median time of one call, after two to warm up; 256 MiB are written before each, which is five times the L2."""
+    others = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    times = []
+    for _ in range(runs + 2):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        others.zero_()
+        begin.record()
+        call()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in times[2:])
+
+
 def timed(call: Callable[[], object]) -> tuple[float, bool]:
     """Median ms of a replay of the call's graph, True; of the call itself, False, where it could not be captured.
 
@@ -128,8 +147,8 @@ def timed(call: Callable[[], object]) -> tuple[float, bool]:
             call()
     except RuntimeError:
         torch.cuda.synchronize()
-        return milliseconds(call), False
-    return milliseconds(graph.replay), True
+        return cold_milliseconds(call), False
+    return cold_milliseconds(graph.replay), True
 
 
 def time_peer(peer: Peer, function: Callable) -> tuple[float, bool]:

@@ -141,7 +141,7 @@ def adamw_case(shapes: Sequence[tuple[int, ...]]) -> Case:
         params = [s.master.clone().requires_grad_() for s in states]
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        optimizer = torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True, capturable=True)
 
         @torch.no_grad()
         def plain() -> None:
