@@ -19,7 +19,7 @@ from nmoe.registry.attention import Attention, Gqa, Mla
 
 INK, SOFT, LINE, PAPER = "#1d2733", "#5d6b7a", "#ccd5de", "#ffffff"
 GLOBAL, LOCAL, DENSE, MOE, ENDS = "#3b6fb6", "#8fb8e8", "#9aa7b4", "#e08e3c", "#eef2f6"
-CARD_WIDTH, CARD_HEIGHT, GAP = 560, 208, 22
+CARD_WIDTH, CARD_HEIGHT, GAP = 560, 220, 22
 LEFT, TOP = 40, 132
 
 
@@ -107,7 +107,7 @@ def mermaid(plan: Plan) -> str:
         title = f"{called}<br/>{kind_of[start].attention_title}<br/>{_ffn_title(plan, kind_of[start])}{shared}"
         lines += [f'  layer{start}["{title}"]', f"  {previous} --> layer{start}"]
         previous, start = f"layer{start}", stop + 1
-    head = "the embedding as head" if model.tie_embeddings else f"head {model.vocab_size} x {model.hidden_size}"
+    head = "the table as head" if model.tie_embeddings else f"head {model.vocab_size} x {model.hidden_size}"
     lines += [
         f'  head["norm and {head}"]', f"  {previous} --> head", '  loss(["cross-entropy"])', "  head --> loss",
     ]  # fmt: skip
@@ -196,7 +196,7 @@ def _strip(plan: Plan, types: tuple[LayerType, ...], high: float) -> Iterator[st
     y += 14
     yield arrow(x + wide / 2, y - 15, x + wide / 2, y - 2)
     yield box(x, y, wide, end_high, ENDS, edge=LINE)
-    head = "the embedding as head" if model.tie_embeddings else f"head {model.hidden_size:,} x {model.vocab_size:,}"
+    head = "the table as head" if model.tie_embeddings else f"head {model.hidden_size:,} x {model.vocab_size:,}"
     yield text(x + wide / 2, y + 25, f"norm, {head}", end="middle")
 
 

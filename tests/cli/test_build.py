@@ -133,7 +133,7 @@ def test_graph_is_a_picture(config, tmp_path, capsys):
     assert run(["build", str(config), "--graph", str(chart)]) == 0
     assert chart.read_text().startswith("flowchart TD\n")
     tied = resolve(config).config.model.tie_embeddings
-    assert all(("the embedding as head" in said) == tied for said in (words, chart.read_text()))
+    assert all(("the table as head" in said) == tied for said in (words, chart.read_text()))
     assert capsys.readouterr().out == ""
 
 
