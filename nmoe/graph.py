@@ -75,7 +75,7 @@ def build(plan: Plan) -> TrainingGraph:
     config = plan.config
     device = platform.device(config.platform.target)
     with device:
-        model = config.model.build(transport=config.transport.build())
+        model = config.model.build(transport=config.transport.build(), recompute=config.output.recompute)
     shapes = list(config.model.parameters())
     initialize(
         model,

@@ -127,8 +127,11 @@ class Model(Component):
         if not self.tie_embeddings:
             yield Parameter(name="head.weight_VD", shape=table, role="head")
 
-    def build(self, *, transport):
-        """The model on torch's current default device (meta for counting), weights not yet drawn."""
+    def build(self, *, transport, recompute: str = "none"):
+        """The model on torch's current default device (meta for counting), weights not yet drawn.
+
+        recompute: as in [output]; a model that is not trained has nothing to compute again.
+        """
         import torch
 
         from nmoe.model.block import Block
@@ -145,7 +148,10 @@ class Model(Component):
             else:
                 name, ffn = "moe", self.moe.build(self.hidden_size, transport=transport)
             blocks.append(
-                Block(attention=attention, **{name: ffn}, hidden_size=self.hidden_size, norm_eps=self.norm_eps)
+                Block(
+                    attention=attention, **{name: ffn}, hidden_size=self.hidden_size, norm_eps=self.norm_eps,
+                    recompute=recompute,
+                )
             )
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[self.dtype]
         return Transformer(

@@ -70,6 +70,8 @@ class RouterCollapse(Component):
 
         return CollapseDetector(dead_share=self.dead_share, max_load=self.max_load, window=self.window)
 
+RECOMPUTE = ("none", "attention", "layer")
+
 
 @attrs.frozen(kw_only=True)
 class Output(Component):
@@ -88,6 +90,11 @@ class Output(Component):
         "steps between lines of progress where the output is no terminal", default=10, minimum=1, unit="steps"
     )
     prefetch: int = key("batches that are read ahead", default=2, minimum=0, maximum=1024)
+    recompute: str = key(
+        "what backward computes again instead of keeping it, with the same bits: each layer's attention, or its whole "
+        "layer but the routing; it costs time and saves memory",
+        default="none", choices=RECOMPUTE,
+    )
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
     )

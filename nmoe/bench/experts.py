@@ -45,7 +45,8 @@ def measure(tokens: int, hidden: int, intermediate: int, experts: int, top_k: in
     transport = LocalTransport()
 
     def routed() -> None:
-        transport.run(x_TD, indices_TK, weights_TK, module).backward(dy_TD)
+        places = transport.layout(indices_TK, experts)
+        transport.run(x_TD, weights_TK, places, module).backward(dy_TD)
         for tensor in (x_TD, weights_TK, *module.parameters()):
             tensor.grad = None
 

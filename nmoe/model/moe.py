@@ -5,8 +5,9 @@ from torch import Tensor
 
 from nmoe.experts.grouped import GroupedExperts
 from nmoe.model.mlp import DenseMlp
+from nmoe.model.recompute import again
 from nmoe.model.router import Router
-from nmoe.rdep.transport import Transport
+from nmoe.rdep.transport import Places, Transport
 
 
 class MoE(torch.nn.Module):
@@ -19,8 +20,18 @@ class MoE(torch.nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
         self.transport = transport
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        """x_TD: (T, D); (T, D) in its dtype."""
+    def forward(self, x_TD: Tensor, *, recompute: bool = False) -> Tensor:
+        """x_TD: (T, D); (T, D) in its dtype.
+
+        recompute: backward computes the experts again; the routing, its weights and its layout are kept.
+        """
         indices_TK, weights_TK = self.router(x_TD)
-        y_TD = self.transport.run(x_TD, indices_TK, weights_TK, self.experts)
+        places = self.transport.layout(indices_TK, self.experts.num_experts)
+        if recompute:
+            return again(self.routed, x_TD, weights_TK, places)
+        return self.routed(x_TD, weights_TK, places)
+
+    def routed(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
+        """What follows the routing: the chosen experts, and the shared ones."""
+        y_TD = self.transport.run(x_TD, weights_TK, places, self.experts)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)

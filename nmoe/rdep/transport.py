@@ -27,8 +27,15 @@ class Experts(Protocol):
 
 
 class Transport(Protocol):
-    """Dispatch, experts and return of one MoE layer and one microbatch."""
+    """Layout, and then dispatch, experts and return, of one MoE layer and one microbatch.
 
-    def run(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor, experts: Experts) -> Tensor:
+    Two calls, because a layer that computes its experts again in backward lays them out once.
+    """
+
+    def layout(self, indices_TK: Tensor, num_experts: int) -> Places:
+        """The places of the pairs that a routing chose."""
+        ...
+
+    def run(self, x_TD: Tensor, weights_TK: Tensor, places: Places, experts: Experts) -> Tensor:
         """y_t = sum over k of w_tk * expert_{i_tk}(x_t), (T, D); differentiable in x, w and the experts' weights."""
         ...

@@ -30,7 +30,8 @@ def inputs(dtype, tokens, hidden, indices_TK, seed=1):
 
 
 def run(module, x_TD, indices_TK, weights_TK, dy_TD):
-    y_TD = LocalTransport().run(x_TD, indices_TK, weights_TK, module)
+    transport = LocalTransport()
+    y_TD = transport.run(x_TD, weights_TK, transport.layout(indices_TK, module.num_experts), module)
     wanted = (x_TD, weights_TK, *module.parameters())
     return (y_TD.detach(), *torch.autograd.grad(y_TD, wanted, dy_TD))
 
@@ -113,5 +114,6 @@ def test_backward_keeps_no_output_rows():
     x_TD, weights_TK, _ = inputs(torch.float32, 30, 20, indices_TK)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        LocalTransport().run(x_TD, indices_TK, weights_TK, module)
+        places = LocalTransport().layout(indices_TK, 4)
+        LocalTransport().run(x_TD, weights_TK, places, module)
     assert sorted(saved) == sorted([(30, 20), (30, 2), (4, 2, 33, 20), (4, 20, 33), (60, 66)])

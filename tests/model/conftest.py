@@ -55,9 +55,9 @@ SPECS = {
 }
 
 
-def build(model_spec, *, seed=0):
+def build(model_spec, *, seed=0, recompute="none"):
     """The model with weights drawn wide, norms and router biases random too, so that each of them shows."""
-    model = model_spec.build(transport=LocalTransport())
+    model = model_spec.build(transport=LocalTransport(), recompute=recompute)
     shapes = [(p.name, p.shape, p.init) for p in model_spec.parameters()]
     initialize(model, shapes, seed=seed, init_std=0.12, residual_init_scale=1.0)
     generator = torch.Generator().manual_seed(seed)

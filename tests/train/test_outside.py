@@ -21,13 +21,13 @@ STEPS = 10
 SMALL = (f"output.stop_after_step={STEPS}", "model.num_layers=2", "batch.sequences=2")
 BASE = {
     "output.checkpoint_every": 5, "output.keep_checkpoints": 3, "output.metrics_every": 1, "output.progress_every": 10,
-    "output.prefetch": 2, "eval.bpb.every_tokens": 128, "eval.bpb.max_tokens": 64, "eval.bpb.sequences": 4,
+    "output.prefetch": 2, "output.recompute": '"none"', "eval.bpb.every_tokens": 128, "eval.bpb.max_tokens": 64, "eval.bpb.sequences": 4,
     "eval.bpb.context": 0, "output.router_collapse.dead_share": 0.75, "output.router_collapse.max_load": 4.0,
     "output.router_collapse.window": 2, "output.router_collapse.action": '"warn"',
 }  # fmt: skip
 CHANGED = {
     "output.checkpoint_every": 1, "output.keep_checkpoints": 1, "output.metrics_every": 3, "output.progress_every": 1,
-    "output.prefetch": 0, "eval.bpb.every_tokens": 32, "eval.bpb.max_tokens": 17, "eval.bpb.sequences": 3,
+    "output.prefetch": 0, "output.recompute": '"layer"', "eval.bpb.every_tokens": 32, "eval.bpb.max_tokens": 17, "eval.bpb.sequences": 3,
     "eval.bpb.context": 5,
     # Either of the two is found and said in these runs; a window longer than the run is never full.
     "output.router_collapse.dead_share": 0.125, "output.router_collapse.max_load": 1.25,
@@ -72,6 +72,22 @@ def test_a_key_changes_no_bit(module_runs, expected, key):
     module_runs.train(name, *SMALL, *base(key), f"{key}={CHANGED[key]}")
     assert module_runs.digest(name) == expected[0]
     assert set(module_runs.losses(name)) <= set(expected[1])
+
+
+def test_attention_computed_again_changes_no_bit(module_runs, expected):
+    """The third value of `output.recompute`."""
+    module_runs.train("attention", *SMALL, *base("output.recompute"), 'output.recompute="attention"')
+    assert module_runs.digest("attention") == expected[0]
+    assert module_runs.losses("attention") == expected[1]
+
+
+def test_a_run_goes_on_with_another_recompute(module_runs, expected):
+    """Out of memory after step 5, say: the same run continues with less kept, to the same state."""
+    half = [f"output.stop_after_step={STEPS // 2}", *SMALL[1:], *base()]
+    module_runs.train("switched", *half)
+    module_runs.train("switched", *SMALL, *base("output.recompute"), 'output.recompute="layer"')
+    assert module_runs.digest("switched") == expected[0]
+    assert module_runs.losses("switched") == expected[1]
 
 
 def test_all_of_them_at_once_change_no_bit(module_runs, expected):
