@@ -69,9 +69,16 @@ class Attention(Component):
         """Multiply-adds of one query-key pair: all heads' scores and values."""
         raise NotImplementedError
 
-    @property
-    def saved_width(self) -> int:
-        """Elements of one token kept for backward."""
+    def saved_bytes(self, element: int, target: str) -> int:
+        """Bytes of one token kept for backward, from the projections' outputs to what the last projection reads.
+
+        element: bytes of one value of [model] dtype. Kernels of the GPU targets also keep the output as they
+        wrote it, heads outside, and the float32 logarithm of each head's sum.
+        """
+        raise NotImplementedError
+
+    def working_bytes(self, element: int, target: str) -> int:
+        """Bytes of one token that attention's own backward needs: the gradients of its output, q, k and v."""
         raise NotImplementedError
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
@@ -86,6 +93,15 @@ class Attention(Component):
         """The scaling of this attention's rotary frequencies; None where it has none."""
         scaling = self.rope_scaling
         return None if scaling is None else scaling.build(rotary_dim=self.rotary_dim, theta=self.rope_theta)
+
+
+def attention_gradients(q: int, k: int, v: int, element: int, target: str) -> int:
+    """Bytes of one token of the gradients of q, k, v and of the output, whose width is q's or v's, the larger one.
+
+    The CPU adds those of keys and values in float32 before they are rounded.
+    """
+    rounded = (k + v) * 4 if target == "cpu" and element < 4 else 0
+    return (q + k + v + max(q, v)) * element + rounded
 
 
 @attrs.frozen(kw_only=True)
@@ -121,12 +137,19 @@ class Mla(Attention):
         """Multiply-adds of one query-key pair: all heads' scores and values."""
         return self.num_heads * (self.qk_head_dim + self.v_head_dim)
 
-    @property
-    def saved_width(self) -> int:
-        """Elements of one token kept for backward: compressed and full queries, keys and values, and the output."""
+    def saved_bytes(self, element: int, target: str) -> int:
+        """Compressed and full queries, keys and values, and the output; a float32 for each norm of a compression."""
         queries = (self.q_lora_rank or 0) * 2 + self.num_heads * self.qk_head_dim
         keys = self.kv_lora_rank * 2 + self.qk_rope_head_dim + self.num_heads * self.qk_head_dim
-        return queries + keys + 2 * self.num_heads * self.v_head_dim
+        values = 2 * self.num_heads * self.v_head_dim
+        norms = 4 * (1 if self.q_lora_rank is None else 2)
+        kernel = 0 if target == "cpu" else self.num_heads * (self.v_head_dim * element + 4)
+        return (queries + keys + values) * element + norms + kernel
+
+    def working_bytes(self, element: int, target: str) -> int:
+        """See `Attention.working_bytes`."""
+        q, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
+        return attention_gradients(q, q, v, element, target) + self.num_heads * (0 if target == "cpu" else 8)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         heads = self.num_heads
@@ -183,11 +206,22 @@ class Gqa(Attention):
         """Multiply-adds of one query-key pair: all heads' scores and values."""
         return self.num_heads * 2 * self.head_dim
 
-    @property
-    def saved_width(self) -> int:
-        """Elements of one token kept for backward: queries, keys, values, the output, and what norms read."""
+    def saved_bytes(self, element: int, target: str) -> int:
+        """Queries, keys, values, the output, and what the norms of heads read, with a float32 for each.
+
+        The CPU's attention reads keys and values spread over the query heads; the kernels share them.
+        """
+        heads, shared = self.num_heads, self.num_heads if target == "cpu" else self.num_kv_heads
+        width = (2 * heads + 2 * shared) * self.head_dim
         normed = self.num_heads + self.num_kv_heads if self.qk_norm else 0
-        return (2 * (self.num_heads + self.num_kv_heads) + normed) * self.head_dim
+        kernel = 0 if target == "cpu" else heads * (self.head_dim * element + 4)
+        return width * element + normed * (self.head_dim * element + 4) + kernel
+
+    def working_bytes(self, element: int, target: str) -> int:
+        """See `Attention.working_bytes`."""
+        q = self.num_heads * self.head_dim
+        kv = q if target == "cpu" else self.num_kv_heads * self.head_dim
+        return attention_gradients(q, kv, kv, element, target) + self.num_heads * (0 if target == "cpu" else 8)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -23,10 +23,13 @@ class Mlp(Component):
                 help="remove the section, or set model.moe.num_dense_layers",
             )
 
-    @property
-    def saved_width(self) -> int:
-        """Elements of one token kept for backward: gate, up and their product."""
-        return 3 * self.intermediate_size
+    def saved_bytes(self, element: int) -> int:
+        """Bytes of one token kept for backward: gate and up before the activation."""
+        return 2 * self.intermediate_size * element
+
+    def working_bytes(self, element: int) -> int:
+        """Bytes of one token that backward needs: see `swiglu_working_bytes`."""
+        return swiglu_working_bytes(self.intermediate_size, element)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         yield from swiglu_parameters(prefix, hidden_size, self.intermediate_size)
@@ -35,6 +38,16 @@ class Mlp(Component):
         from nmoe.model.mlp import DenseMlp
 
         return DenseMlp(hidden_size=hidden_size, intermediate_size=self.intermediate_size)
+
+
+def swiglu_working_bytes(width: int, element: int) -> int:
+    """Bytes of one row that the backward of a SwiGLU needs at most.
+
+    In float32 the activation and its gradient, sigmoid and silu of the gate; the gradients of gate and up in
+    the model's dtype, and both read as float32 where that is another.
+    """
+    widened = 2 * 4 if element < 4 else 0
+    return width * (4 * 4 + 2 * element + widened)
 
 
 def swiglu_parameters(prefix: str, hidden_size: int, intermediate_size: int) -> Iterator[Parameter]:

@@ -8,6 +8,9 @@ from nmoe.registry.component import Component, Parameter, Problem, key, section
 from nmoe.registry.experts import Experts
 from nmoe.registry.router import Router
 
+CPU_CHUNK_ROWS = 2048
+"""Rows that the experts of the cpu target take at once, more where one expert has more (nmoe.experts.grouped)."""
+
 
 @attrs.frozen(kw_only=True)
 class Moe(Component):
@@ -33,10 +36,32 @@ class Moe(Component):
     def shared_size(self) -> int:
         return self.num_shared_experts * self.experts.intermediate_size
 
-    @property
-    def saved_width(self) -> int:
-        """Elements of one token kept for backward: gate, up and their product, of each chosen and shared expert."""
-        return 3 * (self.router.top_k * self.experts.intermediate_size + self.shared_size)
+    def routing_bytes(self, target: str) -> int:
+        """Bytes of one token of the routing, which is always kept: the router's, weights, three indices a pair."""
+        index = 8 if target == "cpu" else 4
+        return self.router.saved_bytes + self.router.top_k * (4 + 3 * index)
+
+    def saved_bytes(self, element: int) -> int:
+        """Bytes of one token kept for backward: gate and up of each chosen and shared expert."""
+        return 2 * (self.router.top_k * self.experts.intermediate_size + self.shared_size) * element
+
+    def working_bytes(self, tokens: int, hidden_size: int, element: int, target: str) -> int:
+        """Bytes that the backward of `tokens` tokens needs: that of the routed or of the shared experts.
+
+        Kernels: the rows of the output's gradient, the gradients of gate and up and the weighted activation, all
+        T * K rows at once; shared experts as `Mlp`. CPU: the rows of the input's gradient, all at once, which are
+        added in float32, or what a chunk of neighbouring experts' rows needs beside them.
+        """
+        from nmoe.registry.model import swiglu_working_bytes
+
+        width, rows = self.experts.intermediate_size, tokens * self.router.top_k
+        shared = tokens * swiglu_working_bytes(self.shared_size, element)
+        if target != "cpu":
+            return max(shared, rows * (hidden_size + 3 * width) * element)
+        chunk = max(min(rows, CPU_CHUNK_ROWS), rows // self.router.num_experts)
+        in_chunk = chunk * (2 * hidden_size * element + swiglu_working_bytes(width, element))
+        summed = rows * hidden_size * 4 if element < 4 else 0
+        return max(shared, rows * hidden_size * element + max(in_chunk, summed))
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         from nmoe.registry.model import swiglu_parameters

@@ -28,6 +28,11 @@ class Router(Component):
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         yield Parameter(name=f"{prefix}.weight_ED", shape=(self.num_experts, hidden_size), role="router")
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of one token kept for backward beside the pairs' weights, in float32 and indices."""
+        raise NotImplementedError
+
     def build(self, hidden_size: int):
         """One layer's router on torch's current default device."""
         raise NotImplementedError
@@ -94,6 +99,12 @@ class SoftmaxRouter(Router):
         asked = ((self.balance_loss, SwitchBalance()), (self.z_loss, ZLoss()))
         losses = [(coefficient, loss) for coefficient, loss in asked if coefficient is not None]
         return Balance(losses, tokens_per_step=tokens_per_step) if losses else None
+
+    @property
+    def saved_bytes(self) -> int:
+        """All scores, the chosen indices, and where they are renormalised the chosen scores and their sum."""
+        renormalized = 4 * self.top_k + 4 if self.renormalize else 0
+        return 4 * self.num_experts + 8 * self.top_k + renormalized
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SoftmaxRouter as Run
@@ -191,6 +202,11 @@ class SigmoidRouter(Router):
             return None
         loss = SequenceBalance(sequence_length=sequence_length)
         return Balance([(self.sequence_balance_loss, loss)], tokens_per_step=tokens_per_step)
+
+    @property
+    def saved_bytes(self) -> int:
+        """All scores, the chosen scores and indices, 1 / sum and the factor on the chosen ones."""
+        return 4 * self.num_experts + 12 * self.top_k + 8
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SigmoidRouter as Run

@@ -41,6 +41,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits_CV = d_logits_CV.div_(z_C1).scatter_(1, target_C1, torch.expm1(-loss_C1)).to(h_CD.dtype)
             into(dh_TD[start:stop], d_logits_CV, w_VD)
             accumulate(dw_VD, d_logits_CV.t(), h_CD)
+            del logits_CV, d_logits_CV  # or the next chunk's would be made beside them
         ctx.save_for_backward(dh_TD, dw_VD)
         ctx.dtype = h_TD.dtype
         return total(losses_T)

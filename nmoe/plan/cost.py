@@ -12,35 +12,98 @@ values) and visible the mean number of tokens that a token sees: (S + 1) / 2 whe
 (w (w + 1) / 2 + (S - w) w) / S within a window of w. Recomputation does not count, nor do document
 boundaries, which only hide more.
 
-Memory, for each rank, in bytes, T the tokens of a microbatch, N the ranks of a node:
+Memory, for each rank, in bytes, T the tokens of a microbatch, M the rank's microbatches of a step, N the
+ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of [model] dtype. Whole kinds:
 
-    weights       elements * dtype; experts divided by N, everything else on every rank
+    weights       elements * e; experts divided by N, everything else on every rank
     gradients     the same elements in float32
     optimizer     AdamW two moments, Muon one, and a master copy where dtype is not state_dtype; all in
                   state_dtype; experts divided by N, everything else by the number of all ranks
-    activations   T * (what the layers save for backward), a layer saving two residual streams and
-                  two normed ones, and what its attention and its MLP or MoE say (`saved_width`),
-                  in dtype; and the final norm's input and output
+    activations   T times what a forward keeps for backward, per token: the final norm's input and output
+                  (2 D e, and 4 for a norm's scale), 8 where documents are masked (on a GPU also in each
+                  layer's first half), and in each layer
+
+                      first half    D e its input x, 4 + D e the norm of x, and what attention saves
+                      second half   D e the stream h, 4 + D e the norm of h, the routing of a MoE layer,
+                                    and what MLP or experts and shared experts save
+
+                  (`saved_bytes` and `routing_bytes` of the specs). recompute = "attention" leaves x alone of
+                  the first half; "layer" leaves x and, of a MoE layer, the norm of h and the routing.
     rdep_buffers  for N > 1: N * T rows received and T * top_k rows returned in dtype, and 16 bytes of
                   index and weight for each of N * T * top_k pairs; on one rank nothing
+
+They are not at their largest together: with one microbatch, activations shrink while gradients grow. The
+peak is the largest, over the moments of a step, of what is alive then. Weights, optimizer and buffers
+always are, and beside them
+
+    moment                  gradients                    activations      working set
+    loss, forward           none                         all              its two gradients 4 T D + 4 V D, a chunk of
+                                                                          C tokens' logits 4 C V; CPU: the head in
+                                                                          float32 4 V D where it is not; GPU: the
+                                                                          chunk in bf16 2 C V, its summand 4 V D
+    loss, backward          the head's                   all              4 T D + 4 V D, T D e
+    layer, second half      of later layers and of its   of it and        what the half computes again; two gradients
+                            MLP or MoE                   those before     of the stream 2 T D e; `working_bytes`
+    layer, first half       of later layers and its      of its first     the same for this half
+                            own                          half and before
+    embedding               all                          none             T D (e + 4), without the 4 in float32
+    norm of the gradients   all                          none             4 * 2^18 on a CPU, 2^26 on a GPU: squares, at
+                                                                          most those of the largest tensor
+    optimizer               all                          none             what its largest group needs
+
+with C = min(T, 1024). For M > 1 the second microbatch finds all gradients there: then
+they are all alive at all moments, and a moment's own ones are in its working set until they are added. Always
+in the working set: the batch, three int64 for each of a step's tokens on the rank; the final norm's output, in
+no list above, T D e; on a GPU two cuBLAS workspaces of 32 MiB, one for each thread (forward's and backward's).
+Of the optimizer, AdamW needs next to nothing (24 bytes for each of the 2^16 values of a block that is rounded to
+state_dtype bf16); Muon works on pieces of P values, all matrices of one shape up to 2^24 values or one of them,
+A the sum of their short sides squared: 12 P + 8 A bytes iterating in float32, 8 P + 4 A in bf16, and where
+state_dtype is bf16 the whole group's masters and momentum in float32.
+
+Not counted: what torch's own kernels take for themselves, routers' biases and counters, rotary tables, what
+allocators round up and cannot use, and memory outside the allocator (context, code, libraries).
 """
+
+from collections.abc import Iterator
 
 import attrs
 
 from nmoe.registry.config import Config
+from nmoe.registry.optimizer import Muon
+from nmoe.registry.output import RECOMPUTE
 
 BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS = {"adamw": 2, "muon": 1}
 
+# What the parts at work are cut into; a test compares these with theirs.
+LOSS_CHUNK_TOKENS = 1024
+ROUNDING_BLOCK = 1 << 16
+MUON_PIECE = 1 << 24
+NORM_VALUES = {"cpu": 1 << 18, "gpu": 1 << 26}
+CUBLAS_WORKSPACE = 32 * 2**20
+
+
+@attrs.frozen(kw_only=True)
+class Memory:
+    """What one rank needs, in bytes.
+
+    whole: each kind at its largest. moment: when most is alive. at_peak: what of each kind is alive then,
+    with the `working_set` and their sum `total`, the peak.
+    """
+
+    whole: dict[str, int]
+    moment: str
+    at_peak: dict[str, int]
+
 
 @attrs.frozen
 class Cost:
-    """What follows from a config for a number of ranks."""
+    """What follows from a config for a number of ranks. memory: for each value of [output] recompute."""
 
     parameters_total: int
     parameters_active: int
     flops_per_token: int
-    memory_bytes_per_rank: dict[str, int]
+    memory: dict[str, Memory]
 
 
 def size(shape: tuple[int, ...]) -> int:
@@ -59,41 +122,25 @@ def visible_pairs(sequence_length: int, window: int | None) -> int:
 
 def cost_of(config: Config, kinds: dict[str, str], *, ranks: int, ranks_per_node: int) -> Cost:
     """The cost of a checked config. kinds: the kind of each optimizer group, by its name."""
-    model, batch = config.model, config.batch
+    model = config.model
     total = active = multiplied = 0
-    weights = gradients = optimizer = 0
-    weight_bytes, state_bytes = BYTES[model.dtype], BYTES[config.optimizer.state_dtype]
-    master = 0 if model.dtype == config.optimizer.state_dtype else state_bytes
     for parameter in model.parameters():
-        elements = size(parameter.shape)
-        used = elements
-        local, owned = elements, -(-elements // ranks)
+        elements = used = size(parameter.shape)
         if parameter.role == "expert":
             assert model.moe is not None
             used = elements // parameter.shape[0] * model.moe.router.top_k
-            local = owned = elements // ranks_per_node
         total += elements
         active += used
         if parameter.role not in ("embedding", "norm"):
             multiplied += used
-        weights += local * weight_bytes
-        gradients += local * BYTES[config.optimizer.grad_dtype]
-        moments = MOMENTS[kinds[config.optimizer.group_of(parameter)]]
-        optimizer += owned * (moments * state_bytes + master)
-    tokens = batch.microbatch * batch.sequence_length
-    memory = {
-        "weights": weights,
-        "gradients": gradients,
-        "optimizer": optimizer,
-        "activations": tokens * saved_width(config) * weight_bytes,
-        "rdep_buffers": rdep_bytes(config, tokens, ranks_per_node),
-    }
-    memory["total"] = sum(memory.values())
     return Cost(
         parameters_total=total,
         parameters_active=active,
         flops_per_token=6 * multiplied + attention_flops(config),
-        memory_bytes_per_rank=memory,
+        memory={
+            recompute: memory_of(config, kinds, recompute, ranks=ranks, ranks_per_node=ranks_per_node)
+            for recompute in RECOMPUTE
+        },
     )
 
 
@@ -107,19 +154,160 @@ def attention_flops(config: Config) -> int:
     return (6 * pairs + length // 2) // length
 
 
-def saved_width(config: Config) -> int:
-    """Elements that are kept for the backward pass of one token, over all layers."""
-    model = config.model
-    width = 2 * model.hidden_size
-    for layer in range(model.num_layers):
-        width += 4 * model.hidden_size + model.attention_of(layer).saved_width
-        if layer < model.num_dense_layers:
-            assert model.mlp is not None
-            width += model.mlp.saved_width
-        else:
-            assert model.moe is not None
-            width += model.moe.saved_width
-    return width
+@attrs.frozen(kw_only=True)
+class Half:
+    """One half of a layer.
+
+    gradients: of its parameters; working: what its backward needs; both in bytes. kept, again: bytes of a
+    token that a forward keeps, and that backward computes again.
+    """
+
+    name: str
+    gradients: int
+    kept: int
+    again: int
+    working: int
+
+
+def halves(config: Config, layer: int, recompute: str, gradients: dict[str, int]) -> tuple[Half, Half]:
+    """The two halves of a layer: attention, and MLP or MoE."""
+    model, target = config.model, config.platform.target
+    tokens, element = config.batch.microbatch * config.batch.sequence_length, BYTES[config.model.dtype]
+    stream = model.hidden_size * element
+    attention = model.attention_of(layer)
+    attended = 4 + stream + attention.saved_bytes(element, target)
+    if config.batch.document_mask and target != "cpu":
+        attended += 8
+    if layer < model.num_dense_layers:
+        assert model.mlp is not None
+        routing, saved = 0, model.mlp.saved_bytes(element)
+        working = tokens * model.mlp.working_bytes(element)
+    else:
+        assert model.moe is not None
+        routing, saved = model.moe.routing_bytes(target), model.moe.saved_bytes(element)
+        working = model.moe.working_bytes(tokens, model.hidden_size, element, target)
+    second = stream + 4 + stream + routing + saved
+    kept = {
+        "none": (stream + attended, second),
+        "attention": (stream, second),
+        "layer": (stream, stream + routing if routing else 0),
+    }[recompute]
+    again = {
+        "none": (0, 0),
+        "attention": (attended, 0),
+        "layer": (attended + stream + 4, saved) if routing else (attended, attended + second),
+    }[recompute]
+    work = (tokens * attention.working_bytes(element, target), working)
+    return tuple(
+        Half(
+            name=f"backward of layer {layer}, {part}", gradients=gradients[f"{layer}.{part}"],
+            kept=kept[i], again=again[i], working=tokens * 2 * stream + work[i],
+        )
+        for i, part in enumerate(("attention", "ffn"))
+    )  # fmt: skip
+
+
+def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: int, ranks_per_node: int) -> Memory:
+    """One rank's memory with a value of [output] recompute; kinds as in `cost_of`."""
+    model, batch, state = config.model, config.batch, BYTES[config.optimizer.state_dtype]
+    tokens, element = batch.microbatch * batch.sequence_length, BYTES[model.dtype]
+    master = 0 if model.dtype == config.optimizer.state_dtype else state
+    whole = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
+    gradients: dict[str, int] = {}
+    for parameter in model.parameters():
+        elements = size(parameter.shape)
+        local, owned = elements, -(-elements // ranks)
+        if parameter.role == "expert":
+            local = owned = elements // ranks_per_node
+        count = MOMENTS[kinds[config.optimizer.group_of(parameter)]]
+        part = part_of(parameter.name)
+        gradients[part] = gradients.get(part, 0) + local * BYTES[config.optimizer.grad_dtype]
+        whole["weights"] += local * element
+        whole["optimizer"] += owned * (count * state + master)
+    whole["gradients"] = sum(gradients.values())
+    layers = [halves(config, layer, recompute, gradients) for layer in range(model.num_layers)]
+    per_token = 2 * model.hidden_size * element + 4 + 8 * batch.document_mask
+    whole["activations"] = tokens * (per_token + sum(half.kept for layer in layers for half in layer))
+    whole["rdep_buffers"] = rdep_bytes(config, tokens, ranks_per_node)
+
+    always = 24 * (batch.tokens_per_step // ranks) + (0 if config.platform.target == "cpu" else 2 * CUBLAS_WORKSPACE)
+    several = batch.microbatches // ranks > 1
+    peak = {"total": 0}
+    for name, own, done, activations, working in moments(config, kinds, layers, gradients, whole):
+        found = whole["gradients"] if several else done
+        at = {**whole, "gradients": found, "activations": activations}
+        at["working_set"] = always + working + (own if several else 0)
+        at["total"] = sum(at.values())
+        if at["total"] > peak["total"]:
+            moment, peak = name, at
+    return Memory(whole=whole, moment=moment, at_peak=peak)
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter's gradient comes with: "3.attention", "3.ffn", "norm", "head", ..."""
+    first, _, rest = name.partition(".")
+    if first != "layers":
+        return first
+    layer, part = rest.split(".")[:2]
+    return f"{layer}.{'attention' if part.startswith('attention') else 'ffn'}"
+
+
+def moments(
+    config: Config, kinds: dict[str, str], layers: list[tuple[Half, Half]], gradients: dict[str, int],
+    whole: dict[str, int],
+) -> Iterator[tuple[str, int, int, int, int]]:  # fmt: skip
+    """The moments of a step with one microbatch: name, gradients made in it, and alive gradients, activations, working.
+
+    gradients: bytes by part. See the module.
+    """
+    model, batch = config.model, config.batch
+    tokens, element = batch.microbatch * batch.sequence_length, BYTES[model.dtype]
+    stream = tokens * model.hidden_size
+    head, chunk = model.vocab_size * model.hidden_size, min(tokens, LOSS_CHUNK_TOKENS)
+    loss, output = 4 * (stream + head), stream * element
+    logits, summand = 4 * chunk * model.vocab_size, 0
+    if config.platform.target != "cpu":
+        logits, summand = logits // 2 * 3, 4 * head
+    elif element < 4:
+        summand = 4 * head
+    yield "loss, forward", 0, 0, whole["activations"], loss + logits + summand
+    done = gradients["head"]
+    yield "loss, backward", done, done, whole["activations"], loss + output
+    done += gradients["norm"]
+    alive = tokens * sum(half.kept for layer in layers for half in layer)
+    for layer in reversed(layers):
+        for half in reversed(layer):
+            done += half.gradients
+            yield half.name, half.gradients, done, alive, output + tokens * half.again + half.working
+            alive -= tokens * half.kept
+    done += gradients["embedding"]
+    yield "embedding, backward", gradients["embedding"], done, 0, 2 * output + (0 if element == 4 else 4 * stream)
+    at_once = NORM_VALUES["cpu" if config.platform.target == "cpu" else "gpu"]
+    largest = max(size(parameter.shape) for parameter in model.parameters())
+    yield "norm of the gradients", 0, done, 0, output + 4 * min(at_once, largest)
+    yield "optimizer", 0, done, 0, output + max(optimizer_working(config, name, kinds) for name in kinds)
+
+
+def optimizer_working(config: Config, group: str, kinds: dict[str, str]) -> int:
+    """Bytes that the update of one group needs."""
+    optimizer, rounded = config.optimizer, config.optimizer.state_dtype == "bf16"
+    shapes = [p.shape for p in config.model.parameters() if optimizer.group_of(p) == group]
+    if kinds[group] == "adamw":
+        return 24 * min(ROUNDING_BLOCK, max(map(size, shapes), default=0)) if rounded else 0
+    muon = optimizer.groups()[group]
+    assert isinstance(muon, Muon)
+    matrices: dict[tuple[int, int], int] = {}
+    for shape in shapes:
+        short, long = sorted(shape[-2:])
+        matrices[short, long] = matrices.get((short, long), 0) + size(shape[:-2])
+    threads = config.platform.threads if config.platform.target == "cpu" else 1
+    pieces = []
+    for (short, long), count in matrices.items():
+        together = max(min(count, max(1, MUON_PIECE // (short * long))), threads)
+        values, grams = together * short * long, together * short * short
+        pieces.append(12 * values + 8 * grams if muon.ns_dtype == "fp32" else 8 * values + 4 * grams)
+    copies = 8 * sum(count * short * long for (short, long), count in matrices.items()) if rounded else 0
+    return copies + max(pieces, default=0)
 
 
 def rdep_bytes(config: Config, tokens: int, ranks_per_node: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import attrs
 
+from nmoe.plan.cost import Memory
 from nmoe.plan.families import StockClass
 from nmoe.plan.groups import GroupRow
 from nmoe.registry.config import Config
@@ -34,7 +35,8 @@ class Plan:
     extended: whether a parent took part, so that origins name more than one file.
     sections: the digest of each section. fingerprint: over those that training depends on.
     tree_digest: over everything.
-    flops_per_token: of training, forward and backward. memory_bytes_per_rank: by kind, and `total`.
+    flops_per_token: of training, forward and backward. memory: what a rank needs, for each value of [output]
+    recompute.
     runnable, reasons: whether every part has its kernels on the target, and which has not.
     stock_class: what `nmoe export` writes the model as, or why it cannot.
     """
@@ -55,12 +57,17 @@ class Plan:
     total_steps: int
     schedule: tuple[Milestone, ...]
     groups: tuple[GroupRow, ...]
-    memory_bytes_per_rank: dict[str, int]
+    memory: dict[str, Memory]
     ranks: int
     ranks_per_node: int
     runnable: bool
     reasons: tuple[str, ...]
     stock_class: StockClass
+
+    @property
+    def memory_bytes_per_rank(self) -> dict[str, int]:
+        """What is alive at the peak of a step, by kind, and `total`."""
+        return self.memory[self.config.output.recompute].at_peak
 
     def to_json(self) -> dict[str, Any]:
         """The plan as data for `json.dumps`: nothing but dicts, lists, strings, numbers and booleans."""
@@ -84,6 +91,7 @@ class Plan:
             "ranks": self.ranks,
             "ranks_per_node": self.ranks_per_node,
             "memory_bytes_per_rank": dict(self.memory_bytes_per_rank),
+            "memory": {recompute: attrs.asdict(memory) for recompute, memory in self.memory.items()},
             "groups": [{**attrs.asdict(row), "shape": list(row.shape)} for row in self.groups],
             "resolved": self.tree,
             "origins": dict(self.origins),

@@ -157,9 +157,21 @@ def bytes_text(count: int) -> str:
 def _memory(plan: Plan) -> Iterator[str]:
     where = "1 rank" if plan.ranks == 1 else f"each of {plan.ranks} ranks, {plan.ranks_per_node} on a node"
     yield from _title(f"memory of {where}")
-    memory = plan.memory_bytes_per_rank
-    cells = [[kind.replace("_", " "), bytes_text(count)] for kind, count in memory.items()]
-    yield from rows(cells, "<>")
+    memory = plan.memory[plan.config.output.recompute]
+    cells = [["", "at the peak", "at its most"]]
+    for kind, count in memory.at_peak.items():
+        most = bytes_text(memory.whole[kind]) if kind in memory.whole else ""
+        cells.append([kind.replace("_", " "), bytes_text(count), most])
+    yield from rows(cells, "<>>")
+    yield ""
+    yield f"  The peak is in this moment of a step: {memory.moment}"
+    yield ""
+    cells = [["recompute", "activations", "peak", "moment"]]
+    for recompute, other in plan.memory.items():
+        name = f"{recompute} (this plan)" if other is memory else recompute
+        sizes = [bytes_text(other.whole["activations"]), bytes_text(other.at_peak["total"])]
+        cells.append([name, *sizes, other.moment])
+    yield from rows(cells, "<>><")
 
 
 def _groups(plan: Plan) -> Iterator[str]:

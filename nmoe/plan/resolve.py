@@ -121,7 +121,7 @@ def _check_sizes(tree: Tree, cost: Cost) -> None:
     counts = {
         "parameters": cost.parameters_total,
         "FLOPs for a token": cost.flops_per_token,
-        "bytes of memory": cost.memory_bytes_per_rank["total"],
+        "bytes of memory": max(memory.at_peak["total"] for memory in cost.memory.values()),
     }
     for name, count in counts.items():
         if count > MAX_INT:
@@ -161,7 +161,7 @@ def _complete(tree: Tree, config: Config, ranks: int, ranks_per_node: int) -> Pl
         total_steps=-(-total // per_step),
         schedule=_milestones(config, per_step),
         groups=group_rows(config, kinds),
-        memory_bytes_per_rank=cost.memory_bytes_per_rank,
+        memory=cost.memory,
         ranks=ranks,
         ranks_per_node=ranks_per_node,
         runnable=not reasons,

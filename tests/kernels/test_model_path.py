@@ -60,7 +60,8 @@ def test_experts_mean_the_kernels_reference(dtype):
     x_TD = normal(T, D, seed=3, dtype=dtype).requires_grad_()
     weights_TK = normal(T, K, seed=4).sigmoid().requires_grad_()
     expert_TK, dy_TD = routing(T, E, K), normal(T, D, seed=5, dtype=dtype)
-    y_TD = LocalTransport().run(x_TD, expert_TK, weights_TK, experts)
+    transport = LocalTransport()
+    y_TD = transport.run(x_TD, weights_TK, transport.layout(expert_TK, E), experts)
     leaves = [t.detach().double().requires_grad_() for t in (x_TD, weights_TK, *experts.parameters())]
     wanted_TD = moe_reference(leaves[0], expert_TK, leaves[1], *leaves[2:])
     assert error(y_TD, wanted_TD) < TOLERANCE[dtype]

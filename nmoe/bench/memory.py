@@ -1,0 +1,175 @@
+"""What a plan's training step needs, beside what the plan says: kind by kind, and the peak.
+
+`python -m nmoe.bench.memory CONFIG... [--set KEY=VALUE] [--json]` resolves each config, takes two steps
+through nmoe.train.step on the plan's target, and prints for each kind the plan's bytes, the measured
+ones and their ratio. A plan that reads prepared shards is given the packaged text in bytes: how much
+memory a step takes does not depend on which tokens it reads.
+
+    weights, gradients, optimizer   the tensors themselves, each storage once
+    activations                     what a first microbatch's forward leaves behind, less the two gradients
+                                    that the loss computes in its forward
+    peak                            of the second step: on CUDA the allocator's, on the CPU that of `Live`
+"""
+
+import argparse
+import gc
+import json
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from nmoe import platform
+from nmoe.data.loader import TokenBatch
+from nmoe.errors import NmoeError
+from nmoe.graph import build
+from nmoe.plan.plan import Plan
+from nmoe.plan.resolve import resolve
+from nmoe.registry.data import BytesTokenizer, Corpus
+from nmoe.train.loop import require_runnable
+from nmoe.train.step import run_step
+
+
+class Live(TorchDispatchMode):
+    """The bytes of all storages that operations under it have made and that are alive, now and at most.
+
+    It sees what passes between operations, not what one of torch's own kernels takes for itself meanwhile.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf.untyped_storage())
+        return result
+
+    def see(self, storage: torch.UntypedStorage) -> None:
+        name = storage._cdata
+        if name not in self.sizes:
+            self.sizes[name] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.forget, name)
+
+    def forget(self, name: int) -> None:
+        self.now -= self.sizes.pop(name)
+
+
+def measure(plan: Plan) -> dict[str, int]:
+    """Bytes by kind, and `peak`, of the second of two steps; see the module.
+
+    Raises what a training of the plan would.
+    """
+    require_runnable(plan)
+    platform.require(plan.config.platform.target, plan.config.platform.threads)
+    device = platform.device(plan.config.platform.target)
+    if device.type == "cpu":
+        with Live() as live:
+            return _steps(plan, device, live)
+    torch.cuda.set_device(device)
+    with torch.device(device):
+        return _steps(plan, device, None)
+
+
+def _steps(plan: Plan, device: torch.device, live: Live | None) -> dict[str, int]:
+    graph = build(plan)
+    alive: dict[str, int] = {}
+
+    def observe(step: int, phase: str) -> None:
+        alive.setdefault(f"{step} {phase}", torch.cuda.memory_allocated() if live is None else live.now)
+
+    for step in (1, 2):
+        batch = _on(graph.loader.batch(step), device)
+        if live is not None:
+            live.peak = live.now
+        else:
+            torch.cuda.reset_peak_memory_stats()
+        run_step(graph, batch, step=step, tokens_seen=step * plan.tokens_per_step, observe=observe)
+    peak = torch.cuda.max_memory_allocated() if live is None else live.peak
+    head = graph.model.head.weight_VD
+    tokens = plan.config.batch.microbatch * plan.config.batch.sequence_length
+    of_the_loss = 4 * (tokens * head.shape[1] + head.numel())
+    weights = [p for _, p in graph.model.named_parameters()]
+    state = [t for name, t in graph.optimizer.state().items()]
+    return {
+        "weights": _bytes(weights),
+        "gradients": _bytes(p.grad for p in weights if p.grad is not None),
+        "optimizer": _bytes([*weights, *state]) - _bytes(weights),
+        "activations": alive["2 backward"] - alive["2 forward"] - of_the_loss,
+        "peak": peak,
+    }
+
+
+def _on(batch: TokenBatch, device: torch.device) -> TokenBatch:
+    names = ("input_ids_BS", "targets_BS", "document_ids_BS")
+    return attrs.evolve(batch, **{name: getattr(batch, name).to(device) for name in names})
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
+
+
+def rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row a kind: estimated and measured bytes, and estimated / measured."""
+    memory = plan.memory[plan.config.output.recompute]
+    estimated = {**memory.whole, "peak": memory.at_peak["total"]}
+    measured = measure(plan)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [
+        {
+            "config": plan.name,
+            "recompute": plan.config.output.recompute,
+            "kind": kind,
+            "estimated": estimated[kind],
+            "measured": count,
+            "ratio": estimated[kind] / count if count else 1.0,
+        }
+        for kind, count in measured.items()
+    ]
+
+
+def with_data(plan: Plan) -> Plan:
+    """The plan, reading the packaged text where it would read prepared data."""
+    if isinstance(plan.config.data, Corpus):
+        return plan
+    packaged = Corpus(name="shakespeare", tokenizer=BytesTokenizer())
+    return attrs.evolve(plan, config=attrs.evolve(plan.config, data=packaged))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
+    parser.add_argument("--json", action="store_true", help="one JSON object a row")
+    arguments = parser.parse_args()
+    for config in arguments.configs:
+        try:
+            found = rows(with_data(resolve(config, arguments.sets)))
+        except NmoeError as error:
+            sys.exit(str(error))
+        if arguments.json:
+            for row in found:
+                print(json.dumps(row), flush=True)
+            continue
+        print(f"{config}, recompute {found[0]['recompute']}")
+        print(f"  {'':14s} {'estimated':>16s} {'measured':>16s}  ratio")
+        for row in found:
+            print(f"  {row['kind']:14s} {row['estimated']:16,d} {row['measured']:16,d}  {row['ratio']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
