@@ -9,6 +9,9 @@ from nmoe.registry.component import Component, Parameter, Problem, divisible, ke
 from nmoe.registry.hopper import QUERY_WIDTHS, VALUE_WIDTHS, head_problems, width_problems
 from nmoe.registry.rope import Yarn
 
+# Queries, and heads of one sequence after the other, of a block of the cpu target (nmoe.model.attention).
+CPU_QUERIES, CPU_HEADS = 64, 16
+
 
 @attrs.frozen(kw_only=True)
 class LocalWindow(Component):
@@ -77,8 +80,8 @@ class Attention(Component):
         """
         raise NotImplementedError
 
-    def working_bytes(self, element: int, target: str) -> int:
-        """Bytes of one token that attention's own backward needs: the gradients of its output, q, k and v."""
+    def working_bytes(self, batch, window: int | None, element: int, target: str) -> int:
+        """Bytes that attention's own backward of a microbatch needs: see `attention_working_bytes`."""
         raise NotImplementedError
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
@@ -95,13 +98,25 @@ class Attention(Component):
         return None if scaling is None else scaling.build(rotary_dim=self.rotary_dim, theta=self.rope_theta)
 
 
-def attention_gradients(q: int, k: int, v: int, element: int, target: str) -> int:
-    """Bytes of one token of the gradients of q, k, v and of the output, whose width is q's or v's, the larger one.
+def attention_working_bytes(
+    batch, heads: int, widths: tuple[int, int, int], window: int | None, element: int, target: str
+) -> int:
+    """Bytes of the gradients of q, k, v (their widths) and of the output, as wide as the larger of q and v.
 
-    The CPU adds those of keys and values in float32 before they are rounded.
+    Kernels: also two float32 for each query of each head. CPU: the gradients of keys and values in float32
+    before they are rounded, and for a block of queries and heads the scores and probabilities, while those of
+    the block before are there with two gradients.
     """
-    rounded = (k + v) * 4 if target == "cpu" and element < 4 else 0
-    return (q + k + v + max(q, v)) * element + rounded
+    q, k, v = widths
+    length = batch.sequence_length
+    tokens = batch.microbatch * length
+    gradients = tokens * (q + k + v + max(q, v)) * element
+    if target != "cpu":
+        return gradients + tokens * heads * 8
+    keys = length if window is None else min(length, window + CPU_QUERIES)
+    scores = 2 * keys + 3 * min(keys, max(0, length - CPU_QUERIES))
+    block = min(CPU_HEADS, batch.microbatch * heads) * min(CPU_QUERIES, length)
+    return gradients + (tokens * (k + v) * 4 if element < 4 else 0) + 4 * block * scores
 
 
 @attrs.frozen(kw_only=True)
@@ -146,10 +161,10 @@ class Mla(Attention):
         kernel = 0 if target == "cpu" else self.num_heads * (self.v_head_dim * element + 4)
         return (queries + keys + values) * element + norms + kernel
 
-    def working_bytes(self, element: int, target: str) -> int:
+    def working_bytes(self, batch, window: int | None, element: int, target: str) -> int:
         """See `Attention.working_bytes`."""
         q, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
-        return attention_gradients(q, q, v, element, target) + self.num_heads * (0 if target == "cpu" else 8)
+        return attention_working_bytes(batch, self.num_heads, (q, q, v), window, element, target)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         heads = self.num_heads
@@ -217,11 +232,11 @@ class Gqa(Attention):
         kernel = 0 if target == "cpu" else heads * (self.head_dim * element + 4)
         return width * element + normed * (self.head_dim * element + 4) + kernel
 
-    def working_bytes(self, element: int, target: str) -> int:
+    def working_bytes(self, batch, window: int | None, element: int, target: str) -> int:
         """See `Attention.working_bytes`."""
         q = self.num_heads * self.head_dim
         kv = q if target == "cpu" else self.num_kv_heads * self.head_dim
-        return attention_gradients(q, kv, kv, element, target) + self.num_heads * (0 if target == "cpu" else 8)
+        return attention_working_bytes(batch, self.num_heads, (q, kv, kv), window, element, target)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -140,7 +140,7 @@ class Model(Component):
         if not self.tie_embeddings:
             yield Parameter(name="head.weight_VD", shape=table, role="head")
 
-    def build(self, *, transport, recompute: str = "none"):
+    def build(self, *, transport, recompute="none"):
         """The model on torch's current default device (meta for counting), weights not yet drawn.
 
         recompute: as in [output]; a model that is not trained has nothing to compute again.

@@ -197,14 +197,18 @@ def halves(config: Config, layer: int, recompute: str, gradients: dict[str, int]
         "attention": (attended, 0),
         "layer": (attended + stream + 4, saved) if routing else (attended, attended + second),
     }[recompute]
-    work = (tokens * attention.working_bytes(element, target), working)
-    return tuple(
+    work = (attention.working_bytes(config.batch, model.window_of(layer), element, target), working)
+    first, second_half = (
         Half(
-            name=f"backward of layer {layer}, {part}", gradients=gradients[f"{layer}.{part}"],
-            kept=kept[i], again=again[i], working=tokens * 2 * stream + work[i],
+            name=f"backward of layer {layer}, {part}",
+            gradients=gradients[f"{layer}.{part}"],
+            kept=kept[i],
+            again=again[i],
+            working=tokens * 2 * stream + work[i],
         )
         for i, part in enumerate(("attention", "ffn"))
-    )  # fmt: skip
+    )
+    return first, second_half
 
 
 def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: int, ranks_per_node: int) -> Memory:
@@ -300,7 +304,7 @@ def optimizer_working(config: Config, group: str, kinds: dict[str, str]) -> int:
     for shape in shapes:
         short, long = sorted(shape[-2:])
         matrices[short, long] = matrices.get((short, long), 0) + size(shape[:-2])
-    threads = config.platform.threads if config.platform.target == "cpu" else 1
+    threads = config.platform.threads or 1
     pieces = []
     for (short, long), count in matrices.items():
         together = max(min(count, max(1, MUON_PIECE // (short * long))), threads)
