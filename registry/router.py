@@ -102,9 +102,12 @@ class SoftmaxRouter(Router):
 
     @property
     def saved_bytes(self) -> int:
-        """All scores, the chosen indices, and where they are renormalised the chosen scores and their sum."""
+        """All scores, the chosen indices, where they are renormalised the chosen scores and their sum; a balance
+        loss's gradient of all logits.
+        """
         renormalized = 4 * self.top_k + 4 if self.renormalize else 0
-        return 4 * self.num_experts + 8 * self.top_k + renormalized
+        balanced = 4 * self.num_experts if self.balance_loss is not None or self.z_loss is not None else 0
+        return 4 * self.num_experts + 8 * self.top_k + renormalized + balanced
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SoftmaxRouter as Run
@@ -205,8 +208,11 @@ class SigmoidRouter(Router):
 
     @property
     def saved_bytes(self) -> int:
-        """All scores, the chosen scores and indices, 1 / sum and the factor on the chosen ones."""
-        return 4 * self.num_experts + 12 * self.top_k + 8
+        """All scores, the chosen scores and indices, 1 / sum and the factor on the chosen ones; a balance loss's
+        gradient of all logits.
+        """
+        balanced = 4 * self.num_experts if self.sequence_balance_loss is not None else 0
+        return 4 * self.num_experts + 12 * self.top_k + 8 + balanced
 
     def build(self, hidden_size: int):
         from nmoe.model.router import SigmoidRouter as Run

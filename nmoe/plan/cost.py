@@ -51,13 +51,15 @@ always are, and beside them
                                                                           most those of the largest tensor
     optimizer               all                          none             what its largest group needs
 
-with C = min(T, 1024). For M > 1 the second microbatch finds all gradients there: then
-they are all alive at all moments, and a moment's own ones are in its working set until they are added. Always
-in the working set: the batch, three int64 for each of a step's tokens on the rank; the final norm's output, in
-no list above, T D e; on a GPU two cuBLAS workspaces of 32 MiB, one for each thread (forward's and backward's).
-Of the optimizer, AdamW needs next to nothing (24 bytes for each of the 2^16 values of a block that is rounded to
-state_dtype bf16); Muon works on pieces of P values, all matrices of one shape up to 2^24 values or one of them,
-A the sum of their short sides squared: 12 P + 8 A bytes iterating in float32, 8 P + 4 A in bf16, and where
+with C = min(T, 1024), and in the working set of all of them: the batch, three int64 for each of a step's tokens
+on the rank; the final norm's output T D e, where it is not among the activations; on a GPU two cuBLAS workspaces
+of 32 MiB, for forward's thread and backward's. For M > 1 the second microbatch finds all gradients there: they
+are alive at all moments, and those that a moment makes are in its working set until they are added. A tied
+table's gradient is made by the loss, and waits for the embedding's through all layers.
+
+Of the optimizer, AdamW needs next to nothing: 24 bytes for each of at most 2^16 values that are rounded to
+state_dtype bf16. Muon works on pieces of P values, all matrices of one shape up to 2^24 values, or one matrix,
+A the sum of their short sides squared: 12 P + 8 A bytes iterating in float32, 8 P + 4 A in bf16; and where
 state_dtype is bf16 the whole group's masters and momentum in float32.
 
 Not counted: what torch's own kernels take for themselves, routers' biases and counters, rotary tables, what
@@ -275,17 +277,19 @@ def moments(
     elif element < 4:
         summand = 4 * head
     yield "loss, forward", 0, 0, whole["activations"], loss + logits + summand
-    done = gradients["head"]
+    tied = gradients["embedding"] if model.tie_embeddings else 0
+    done = tied or gradients["head"]
     yield "loss, backward", done, done, whole["activations"], loss + output
     done += gradients["norm"]
     alive = tokens * sum(half.kept for layer in layers for half in layer)
     for layer in reversed(layers):
         for half in reversed(layer):
             done += half.gradients
-            yield half.name, half.gradients, done, alive, output + tokens * half.again + half.working
+            yield half.name, half.gradients + tied, done, alive, output + tokens * half.again + half.working
             alive -= tokens * half.kept
-    done += gradients["embedding"]
-    yield "embedding, backward", gradients["embedding"], done, 0, 2 * output + (0 if element == 4 else 4 * stream)
+    done += gradients["embedding"] - tied
+    widened = 0 if element == 4 else 4 * stream
+    yield "embedding, backward", gradients["embedding"], done, 0, 2 * output + widened + tied
     at_once = NORM_VALUES["cpu" if config.platform.target == "cpu" else "gpu"]
     largest = max(size(parameter.shape) for parameter in model.parameters())
     yield "norm of the gradients", 0, done, 0, output + 4 * min(at_once, largest)

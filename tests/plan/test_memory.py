@@ -51,6 +51,7 @@ def section(text: str, name: str, content: str) -> str:
     return text[:start] + content + text[text.index(following, start) + 1 :]
 
 
+PLAIN = BASE[: BASE.index("[model.attention.rope_scaling]")]
 DENSE = BASE[: BASE.index("[model.moe]")] + BASE[BASE.index("[optimizer]") :]
 for group in ("router", "experts"):
     start = DENSE.index(f"[optimizer.{group}]")
@@ -68,7 +69,9 @@ TEXTS = {
     "one microbatch": (BASE, [*WIDE, "batch.microbatch=8"]),
     "bf16": (BASE, [*WIDE, *BF16, "batch.microbatch=8"]),
     "bf16 states": (BASE, [*WIDE, *BF16, "optimizer.state_dtype='bf16'", "batch.document_mask=true"]),
-    "gqa, norms, sinks, softmax": (section(section(BASE, "model.attention", QWEN), "model.moe.router", SOFTMAX), WIDE),
+    "gqa, norms, sinks, softmax": (section(section(PLAIN, "model.attention", QWEN), "model.moe.router", SOFTMAX), WIDE),
+    "tied": (BASE, [*WIDE, "model.tie_embeddings=true"]),
+    "tied, one microbatch": (BASE, [*WIDE, "model.tie_embeddings=true", "batch.microbatch=8"]),
     "dense, documents": (DENSE, [*WIDE, "batch.document_mask=true"]),
 }
 
