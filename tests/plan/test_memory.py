@@ -53,8 +53,8 @@ def section(text: str, name: str, content: str) -> str:
 
 PLAIN = BASE[: BASE.index("[model.attention.rope_scaling]")]
 DENSE = BASE[: BASE.index("[model.moe]")] + BASE[BASE.index("[optimizer]") :]
-for group in ("router", "experts"):
-    start = DENSE.index(f"[optimizer.{group}]")
+for name in ("optimizer.router", "optimizer.experts", "output.router_collapse"):
+    start = DENSE.index(f"[{name}]")
     DENSE = DENSE[:start] + DENSE[DENSE.index("\n[", start) + 1 :]
 
 WIDE = [
