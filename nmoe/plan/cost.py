@@ -59,8 +59,8 @@ table's gradient is made by the loss, and waits for the embedding's through all 
 
 Of the optimizer, AdamW needs next to nothing: 24 bytes for each of at most 2^16 values that are rounded to
 state_dtype bf16. Muon works on pieces of P values, all matrices of one shape up to 2^24 values, or one matrix,
-A the sum of their short sides squared: 12 P + 8 A bytes iterating in float32, 8 P + 4 A in bf16; and where
-state_dtype is bf16 the whole group's masters and momentum in float32.
+A the sum of their short sides squared: 12 P + 8 A bytes iterating in float32, 8 P + 4 A in bf16; and 4 bytes for
+each value of the piece's last tensor, at most the largest, with Nesterov and again where state_dtype is bf16.
 
 Not counted: what torch's own kernels take for themselves, routers' biases and counters, rotary tables, what
 allocators round up and cannot use, and memory outside the allocator (context, code, libraries).
@@ -313,9 +313,10 @@ def optimizer_working(config: Config, group: str, kinds: dict[str, str]) -> int:
     for (short, long), count in matrices.items():
         together = max(min(count, max(1, MUON_PIECE // (short * long))), threads)
         values, grams = together * short * long, together * short * short
-        pieces.append(12 * values + 8 * grams if muon.ns_dtype == "fp32" else 8 * values + 4 * grams)
-    copies = 8 * sum(count * short * long for (short, long), count in matrices.items()) if rounded else 0
-    return copies + max(pieces, default=0)
+        iterated = 12 * values + 8 * grams if muon.ns_dtype == "fp32" else 8 * values + 4 * grams
+        tensor = max(size(shape) for shape in shapes if sorted(shape[-2:]) == [short, long])
+        pieces.append(iterated + 4 * min(values, tensor) * (muon.nesterov + rounded))
+    return max(pieces, default=0)
 
 
 def rdep_bytes(config: Config, tokens: int, ranks_per_node: int) -> int:

@@ -52,10 +52,11 @@ def section(text: str, name: str, content: str) -> str:
 
 
 PLAIN = BASE[: BASE.index("[model.attention.rope_scaling]")]
-DENSE = BASE[: BASE.index("[model.moe]")] + BASE[BASE.index("[optimizer]") :]
+DENSE = BASE[: BASE.index("[model.moe]")] + BASE[BASE.index("[optimizer]") :] + "\n["
 for name in ("optimizer.router", "optimizer.experts", "output.router_collapse"):
     start = DENSE.index(f"[{name}]")
     DENSE = DENSE[:start] + DENSE[DENSE.index("\n[", start) + 1 :]
+DENSE = DENSE.removesuffix("[")
 
 WIDE = [
     "model.hidden_size=64", "model.vocab_size=512", "batch.sequence_length=128", "optimizer.matrices.ns_dtype='fp32'"

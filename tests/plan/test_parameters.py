@@ -81,7 +81,7 @@ def test_optimizer_memory_is_moments_and_masters():
     moonlet = resolve(ROOT / "configs" / "moonlet.toml")
     assert moonlet.memory_bytes_per_rank["optimizer"] == 12 * moonlet.parameters_total
     assert moonlet.memory_bytes_per_rank["weights"] == 2 * moonlet.parameters_total
-    assert moonlet.memory_bytes_per_rank["gradients"] == 4 * moonlet.parameters_total
+    assert moonlet.memory["none"].whole["gradients"] == 4 * moonlet.parameters_total
     base = resolve_text((Path(__file__).parent / "base.toml").read_text(), "base.toml")
     muon = sum(row.count * row.parameters for row in base.groups if row.kind == "muon")
     assert base.memory_bytes_per_rank["optimizer"] == 4 * (2 * base.parameters_total - muon)
