@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nmoe import platform
-from nmoe.data.loader import TokenBatch
 from nmoe.errors import NmoeError
 from nmoe.graph import build
 from nmoe.plan.plan import Plan
@@ -73,16 +72,13 @@ def measure(plan: Plan) -> dict[str, int]:
     """
     require_runnable(plan)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
-    device = platform.device(plan.config.platform.target)
-    if device.type == "cpu":
-        with Live() as live:
-            return _steps(plan, device, live)
-    torch.cuda.set_device(device)
-    with torch.device(device):
-        return _steps(plan, device, None)
+    if plan.config.platform.target != "cpu":
+        return _steps(plan, None)
+    with Live() as live:
+        return _steps(plan, live)
 
 
-def _steps(plan: Plan, device: torch.device, live: Live | None) -> dict[str, int]:
+def _steps(plan: Plan, live: Live | None) -> dict[str, int]:
     graph = build(plan)
     alive: dict[str, int] = {}
 
@@ -90,7 +86,7 @@ def _steps(plan: Plan, device: torch.device, live: Live | None) -> dict[str, int
         alive.setdefault(f"{step} {phase}", torch.cuda.memory_allocated() if live is None else live.now)
 
     for step in (1, 2):
-        batch = _on(graph.loader.batch(step), device)
+        batch = graph.loader.batch(step)
         if live is not None:
             live.peak = live.now
         else:
@@ -109,11 +105,6 @@ def _steps(plan: Plan, device: torch.device, live: Live | None) -> dict[str, int
         "activations": alive["2 backward"] - alive["2 forward"] - of_the_loss,
         "peak": peak,
     }
-
-
-def _on(batch: TokenBatch, device: torch.device) -> TokenBatch:
-    names = ("input_ids_BS", "targets_BS", "document_ids_BS")
-    return attrs.evolve(batch, **{name: getattr(batch, name).to(device) for name in names})
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -158,7 +158,7 @@ def test_sizes_of_pieces_are_those_at_work():
     assert cost.LOSS_CHUNK_TOKENS == step.LOSS_CHUNK_TOKENS
     assert cost.ROUNDING_BLOCK == rounding.BLOCK
     assert cost.MUON_PIECE == muon.PIECE
-    assert cost.NORM_VALUES["cpu"] == norm.ROWS_AT_ONCE
+    assert cost.NORM_VALUES == {"cpu": norm.ROWS_AT_ONCE, "gpu": norm.ROWS_AT_ONCE_ON_A_GPU}
     assert moe.CPU_CHUNK_ROWS == grouped.CHUNK_ROWS
     assert (specs.CPU_QUERIES, specs.CPU_HEADS) == (attention.BLOCK, attention.GROUP)
     size, count = platform.CUBLAS_WORKSPACE.removeprefix(":").split(":")
