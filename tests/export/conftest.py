@@ -9,6 +9,7 @@ import torch
 
 from nmoe.checkpoint import environment, reader
 from nmoe.data import corpus
+from nmoe.data.source import MemorySource
 from nmoe.graph import TrainingGraph, build
 from nmoe.plan.plan import Plan
 from nmoe.plan.resolve import resolve
@@ -47,23 +48,28 @@ class Family:
         return model.head(model(ids_BS))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _read_once():
-    """The packaged text and its tokens, which a process makes at each training and export, are made once."""
-    with pytest.MonkeyPatch.context() as patch:
-        hashes = environment.source_hashes()
-        patch.setattr(environment, "source_hashes", lambda: hashes)
-        patch.setattr(corpus, "documents", cache(corpus.documents))
-        sources, load = {}, corpus.load
+HASHES = cache(environment.source_hashes)
+DOCUMENTS = cache(corpus.documents)
+LOAD = corpus.load
+SOURCES: dict[tuple[str, str, str], MemorySource] = {}
 
-        def load_once(name, part, tokenizer):
-            key = (name, part, tokenizer.digest)
-            if key not in sources:
-                sources[key] = load(name, part, tokenizer)
-            return sources[key]
 
-        patch.setattr(corpus, "load", load_once)
-        yield
+def load_once(name, part, tokenizer):
+    key = (name, part, tokenizer.digest)
+    if key not in SOURCES:
+        SOURCES[key] = LOAD(name, part, tokenizer)
+    return SOURCES[key]
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch):
+    """The packaged text and its tokens, which a process makes at each training and export, are made once.
+
+    For the tests of this folder alone: others give corpora of their own.
+    """
+    monkeypatch.setattr(environment, "source_hashes", HASHES)
+    monkeypatch.setattr(corpus, "documents", DOCUMENTS)
+    monkeypatch.setattr(corpus, "load", load_once)
 
 
 @pytest.fixture(scope="session")
