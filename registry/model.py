@@ -159,7 +159,7 @@ class Model(Component):
             if layer < self.num_dense_layers:
                 name, ffn = "mlp", self.mlp.build(self.hidden_size)
             else:
-                name, ffn = "moe", self.moe.build(self.hidden_size, transport=transport)
+                name, ffn = "moe", self.moe.build(self.hidden_size, transport=transport, layer=layer)
             blocks.append(
                 Block(
                     attention=attention, **{name: ffn}, hidden_size=self.hidden_size, norm_eps=self.norm_eps,

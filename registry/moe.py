@@ -71,7 +71,7 @@ class Moe(Component):
         if self.num_shared_experts:
             yield from swiglu_parameters(f"{prefix}.shared", hidden_size, self.shared_size)
 
-    def build(self, hidden_size: int, *, transport):
+    def build(self, hidden_size: int, *, transport, layer: int):
         from nmoe.model.mlp import DenseMlp
         from nmoe.model.moe import MoE
 
@@ -83,4 +83,5 @@ class Moe(Component):
             experts=self.experts.build(hidden_size, self.router.num_experts),
             shared=shared,
             transport=transport,
+            layer=layer,
         )

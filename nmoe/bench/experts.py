@@ -45,8 +45,8 @@ def measure(tokens: int, hidden: int, intermediate: int, experts: int, top_k: in
     transport = LocalTransport()
 
     def routed() -> None:
-        places = transport.layout(indices_TK, experts)
-        transport.run(x_TD, weights_TK, places, module).backward(dy_TD)
+        places = transport.layout(indices_TK, experts, 0)
+        module(x_TD, weights_TK, places, transport).backward(dy_TD)
         for tensor in (x_TD, weights_TK, *module.parameters()):
             tensor.grad = None
 

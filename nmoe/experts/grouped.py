@@ -6,101 +6,153 @@ The unit of arithmetic is the segment: an expert's rows of one microbatch (`nmoe
 product is called at the shape of its segment, so that its bits do not depend on the others. The rest
 is done for a chunk of neighbouring segments at once, as many as have `CHUNK_ROWS` rows together:
 small experts then cost a few calls each, and the rows of a chunk stay in the cache between its
-products. The loop is over experts, never over tokens; each token's K rows are added in the order of k.
+products. The loop is over segments, never over tokens; each token's K rows are added in the order of k.
 
-Backward keeps x, the pre-activations, the weights of the pairs and the layout, nothing else. With
-G = dy gathered, unweighted, and A the activation:
+Rows are gathered through an index from what the transport received: x itself on one rank, the tokens
+of every rank's microbatch on several. Backward keeps them, the pre-activations, the weights of the pairs
+and the layout, nothing else. With G = dy gathered, unweighted, and A the activation:
 
     dA' = G W_down          dw = <dA', A>             d(pre) = swiglu'(w dA')
     dW_down = G^T (w A)     dW_gate_up = d(pre)^T X   dX = d(pre) W_gate_up
 
-so no output row is stored for the router's gradient. Weight gradients are float32.
+so no output row is stored for the router's gradient. Weight gradients are float32. Each microbatch's is
+computed on its own and added to `grad` in the order of the microbatches: one rank that takes them in
+passes, and many ranks that take them side by side, add the same numbers in the same order. Autograd can
+only add what a whole pass returns, so backward adds to `grad` itself and returns no gradient for the
+matrices.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
-from nmoe.experts.product import into
+from nmoe.experts.product import into, product
 from nmoe.experts.swiglu import swiglu, swiglu_backward
 from nmoe.rdep.layout import Layout, combine
-from nmoe.rdep.transport import Places
+from nmoe.rdep.transport import Places, Received, Transport
 
 CHUNK_ROWS = 2048
 
 
 class GroupedSwiglu(torch.autograd.Function):
-    """`apply(x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, places)`."""
+    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport)`; backward adds to both `grad`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, places: Layout
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        w_gate_up_L2FD: Tensor,
+        w_down_LDF: Tensor,
+        places: Layout,
+        transport: Transport,
     ) -> Tensor:
-        token_R = places.token_of_row_R
-        pre_R2F = x_TD.new_empty(token_R.numel(), 2 * w_gate_up_E2FD.shape[2])
-        y_RD = x_TD.new_empty(token_R.numel(), x_TD.shape[1])
-        w_gate_up_ED2F, w_down_EFD = w_gate_up_E2FD.flatten(1, 2).transpose(1, 2), w_down_EDF.transpose(1, 2)
-        for experts, rows, segments in chunks(places.rows):
-            pre = pre_R2F[rows]
-            products(pre, x_TD.index_select(0, token_R[rows]), w_gate_up_ED2F[experts], segments)
-            products(y_RD[rows], swiglu(pre, segments), w_down_EFD[experts], segments)
-        ctx.save_for_backward(x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, pre_R2F)
-        ctx.places = places
-        return combine(y_RD, weights_TK, places)
+        received = transport.dispatch(x_TD, weights_TK, places)
+        x_UD, token_R = received.x_UD, received.token_R
+        pre_R2F = x_UD.new_empty(token_R.numel(), 2 * w_gate_up_L2FD.shape[2])
+        y_RD = x_UD.new_empty(token_R.numel(), x_UD.shape[1])
+        gate_up_D2F = w_gate_up_L2FD.flatten(1, 2).transpose(1, 2).unbind()
+        down_FD = w_down_LDF.transpose(1, 2).unbind()
+        for chunk in chunks(places.segments_LN):
+            pre = pre_R2F[chunk.rows]
+            products(pre, x_UD.index_select(0, token_R[chunk.rows]), gate_up_D2F, chunk)
+            products(y_RD[chunk.rows], swiglu(pre, chunk.segments), down_FD, chunk)
+        ctx.save_for_backward(*attrs.astuple(received, recurse=False), w_gate_up_L2FD, w_down_LDF, pre_R2F)
+        ctx.matrices = w_gate_up_L2FD, w_down_LDF
+        ctx.places, ctx.transport = places, transport
+        return combine(*transport.give_back(y_RD, received, places), weights_TK)
 
     @staticmethod
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, pre_R2F = ctx.saved_tensors
-        places: Layout = ctx.places
-        token_R = places.token_of_row_R
-        weight_R = weights_TK.reshape(-1).index_select(0, places.pair_of_row_R)
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, w_gate_up_L2FD, w_down_LDF, pre_R2F = ctx.saved_tensors
+        received, places, transport = Received(*tensors), ctx.places, ctx.transport
+        x_UD, token_R, weight_R = received.x_UD, received.token_R, received.weight_R
+        dy_UD = transport.dispatch_gradients(dy_TD, places)
         d_weight_R = torch.empty_like(weight_R)
-        dx_RD = x_TD.new_empty(token_R.numel(), x_TD.shape[1])
-        dw_gate_up_E2FD = torch.empty(w_gate_up_E2FD.shape, dtype=torch.float32, device=x_TD.device)
-        dw_down_EDF = torch.empty(w_down_EDF.shape, dtype=torch.float32, device=x_TD.device)
-        for experts, rows, segments in chunks(places.rows):
-            x_RD, dy_RD = x_TD.index_select(0, token_R[rows]), dy_TD.index_select(0, token_R[rows])
-            d_act_RF = torch.empty(len(dy_RD), w_down_EDF.shape[2], dtype=torch.float32, device=x_TD.device)
-            products(d_act_RF, dy_RD, w_down_EDF[experts], segments)
-            act_RF, d_pre_R2F = swiglu_backward(pre_R2F[rows], d_act_RF, weight_R[rows], d_weight_R[rows], segments)
-            weight_products(dw_down_EDF[experts], dy_RD, act_RF, segments)
-            weight_products(dw_gate_up_E2FD[experts].flatten(1, 2), d_pre_R2F, x_RD, segments)
-            products(dx_RD[rows], d_pre_R2F, w_gate_up_E2FD[experts].flatten(1, 2), segments)
-        d_weights_TK = d_weight_R.index_select(0, places.row_of_pair_TK.view(-1)).view(weights_TK.shape)
-        return combine(dx_RD, None, places), d_weights_TK, dw_gate_up_E2FD, dw_down_EDF, None
+        dx_RD = x_UD.new_empty(token_R.numel(), x_UD.shape[1])
+        gate_up_2FD, down_DF = w_gate_up_L2FD.flatten(1, 2).unbind(), w_down_LDF.unbind()
+        d_gate_up, d_down = (Gradient(matrix) for matrix in ctx.matrices)
+        for chunk in chunks(places.segments_LN):
+            x_RD, dy_RD = (rows_UD.index_select(0, token_R[chunk.rows]) for rows_UD in (x_UD, dy_UD))
+            d_act_RF = torch.empty(len(dy_RD), w_down_LDF.shape[2], dtype=torch.float32, device=x_UD.device)
+            products(d_act_RF, dy_RD, down_DF, chunk)
+            act_RF, d_pre_R2F = swiglu_backward(
+                pre_R2F[chunk.rows], d_act_RF, weight_R[chunk.rows], d_weight_R[chunk.rows], chunk.segments
+            )
+            d_down.add(dy_RD, act_RF, chunk)
+            d_gate_up.add(d_pre_R2F, x_RD, chunk)
+            products(dx_RD[chunk.rows], d_pre_R2F, gate_up_2FD, chunk)
+        d_gate_up.store()
+        d_down.store()
+        rows, row_TK, d_weights_TK = transport.give_back_gradients(dx_RD, d_weight_R, received, places)
+        return combine(rows, row_TK, None), d_weights_TK, None, None, None, None
 
 
-def chunks(rows: list[int]) -> Iterator[tuple[slice, slice, list[int]]]:
-    """Neighbouring experts of at most CHUNK_ROWS rows together, or one: the experts, their rows, the rows of each."""
+@attrs.frozen(kw_only=True)
+class Chunk:
+    """Neighbouring segments: where their rows are, how many each has, and whose they are: (expert, microbatch)."""
+
+    rows: slice
+    segments: list[int]
+    owners: list[tuple[int, int]]
+
+
+def chunks(segments_LN: Tensor) -> Iterator[Chunk]:
+    """Segments of at most CHUNK_ROWS rows together, or one. segments_LN: rows by expert and microbatch."""
+    microbatches = segments_LN.shape[1]
+    rows: list[int] = segments_LN.flatten().tolist()
     first = start = 0
     while first < len(rows):
         last, stop = first + 1, start + rows[first]
         while last < len(rows) and stop - start + rows[last] <= CHUNK_ROWS:
             stop += rows[last]
             last += 1
-        yield slice(first, last), slice(start, stop), rows[first:last]
+        owners = [divmod(segment, microbatches) for segment in range(first, last)]
+        yield Chunk(rows=slice(start, stop), segments=rows[first:last], owners=owners)
         first, start = last, stop
 
 
-def products(out_RN: Tensor, a_RK: Tensor, b_EKN: Tensor, segments: list[int]) -> None:
-    """out = a b_e for the rows of each expert e."""
-    for out, a, b in zip(out_RN.split(segments), a_RK.split(segments), b_EKN.unbind(), strict=True):
-        into(out, a, b)
+def products(out_RN: Tensor, a_RK: Tensor, b_KN: Sequence[Tensor], chunk: Chunk) -> None:
+    """out = a b_e for the rows of each segment; b_KN: a matrix for each expert."""
+    for (expert, _), out, a in zip(chunk.owners, out_RN.split(chunk.segments), a_RK.split(chunk.segments), strict=True):
+        into(out, a, b_KN[expert])
 
 
-def weight_products(out_EMN: Tensor, a_RM: Tensor, b_RN: Tensor, segments: list[int]) -> None:
-    """out_e = a^T b over the rows of each expert e; 0 where it has none."""
-    for out, a, b in zip(out_EMN.unbind(), a_RM.t().split(segments, dim=1), b_RN.split(segments), strict=True):
-        into(out, a, b)
+class Gradient:
+    """One backward's additions to the float32 gradient of a matrix for each expert.
+
+    The first one there ever is, microbatch 0's where `grad` is None, is taken as it is, also where the expert
+    has no rows (0); the others are added in the order of their calls, microbatches rising.
+    """
+
+    def __init__(self, parameter: Tensor) -> None:
+        self.parameter, self.is_first = parameter, parameter.grad is None
+        grad = parameter.grad
+        self.grad = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device) if grad is None else grad
+        self.grad_MN = self.grad.flatten(1, -2).unbind()
+
+    def add(self, a_RM: Tensor, b_RN: Tensor, chunk: Chunk) -> None:
+        """grad_e += a^T b over the rows of each segment."""
+        pieces = zip(chunk.owners, a_RM.split(chunk.segments), b_RN.split(chunk.segments), strict=True)
+        for (expert, microbatch), a, b in pieces:
+            if self.is_first and microbatch == 0:
+                into(self.grad_MN[expert], a.t(), b)
+            elif len(a):
+                self.grad_MN[expert].add_(product(a.t(), b, torch.float32))
+
+    def store(self) -> None:
+        """grad is whole: it becomes the parameter's."""
+        self.parameter.grad = self.grad
 
 
 class GroupedExperts(torch.nn.Module):
-    """E experts' SwiGLU on the rows that a layout gives each of them.
+    """SwiGLU of the experts that one rank holds, on the rows that a layout gives each of them.
 
-    w_gate_up_E2FD: (E, 2, F, D), index 0 the gate, 1 up; w_down_EDF: (E, D, F); both empty until
-    initialised.
+    num_experts: those held here, L. w_gate_up_E2FD: (L, 2, F, D), index 0 the gate, 1 up; w_down_EDF:
+    (L, D, F); both empty until initialised.
     """
 
     def __init__(self, *, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -109,15 +161,18 @@ class GroupedExperts(torch.nn.Module):
         self.w_gate_up_E2FD = torch.nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.w_down_EDF = torch.nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
-        """y_t = sum over k of w_tk * expert(x_t); x_TD (T, D), weights_TK (T, K) float32; (T, D) in x's dtype.
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places, transport: Transport) -> Tensor:
+        """y_t = sum over k of w_tk * expert_{i_tk}(x_t), i the routing that the transport's `layout` gave places for.
 
-        places: of the kind that x's device has, as its transport makes it.
+        x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x and w. The
+        matrices' gradients are float32; on the CPU they are added to `grad`, out of autograd's sight.
         """
-        swiglu_of = GroupedSwiglu.apply
-        if x_TD.device.type != "cpu":
-            from nmoe.experts.hopper import HopperSwiglu
+        if x_TD.device.type == "cpu":
+            y_TD: Tensor = GroupedSwiglu.apply(
+                x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places, transport
+            )
+            return y_TD
+        from nmoe.experts.hopper import HopperSwiglu
 
-            swiglu_of = HopperSwiglu.apply
-        y_TD: Tensor = swiglu_of(x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places)
+        y_TD = HopperSwiglu.apply(x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places)
         return y_TD

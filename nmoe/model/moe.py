@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nmoe.errors import fail
 from nmoe.experts.grouped import GroupedExperts
 from nmoe.model.mlp import DenseMlp
 from nmoe.model.recompute import again
@@ -11,14 +12,27 @@ from nmoe.rdep.transport import Places, Transport
 
 
 class MoE(torch.nn.Module):
-    """router, experts, and shared (None without shared experts); the transport is not a module."""
+    """router, experts (those of this rank), and shared (None without shared experts); the transport is not a module.
+
+    layer: its index in the model, for messages. RunError N0801 if the router chooses among other experts
+    than the ranks hold.
+    """
 
     def __init__(
-        self, *, router: Router, experts: GroupedExperts, shared: DenseMlp | None, transport: Transport
+        self, *, router: Router, experts: GroupedExperts, shared: DenseMlp | None, transport: Transport, layer: int
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared
-        self.transport = transport
+        self.transport, self.layer = transport, layer
+        self.num_experts = router.weight_ED.shape[0]
+        if self.num_experts != experts.num_experts * transport.ranks:
+            raise fail(
+                "N0801",
+                f"the router chooses among {self.num_experts} experts, "
+                f"and {transport.ranks} ranks hold {experts.num_experts} each",
+                place=f"layer {layer}",
+                help="the router's number of experts must be the experts' times the ranks",
+            )
 
     def forward(self, x_TD: Tensor, *, recompute: bool = False) -> Tensor:
         """x_TD: (T, D); (T, D) in its dtype.
@@ -26,12 +40,12 @@ class MoE(torch.nn.Module):
         recompute: backward computes the experts again; the routing, its weights and its layout are kept.
         """
         indices_TK, weights_TK = self.router(x_TD)
-        places = self.transport.layout(indices_TK, self.experts.num_experts)
+        places = self.transport.layout(indices_TK, self.num_experts, self.layer)
         if recompute:
             return again(self.routed, x_TD, weights_TK, places)
         return self.routed(x_TD, weights_TK, places)
 
     def routed(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
         """What follows the routing: the chosen experts, and the shared ones."""
-        y_TD = self.transport.run(x_TD, weights_TK, places, self.experts)
+        y_TD: Tensor = self.experts(x_TD, weights_TK, places, self.transport)
         return y_TD if self.shared is None else y_TD + self.shared(x_TD)

@@ -1,25 +1,44 @@
 """The transport of one rank: nothing travels, the layout's index points into x itself."""
 
+import torch
 from torch import Tensor
 
-from nmoe.rdep.layout import layout
-from nmoe.rdep.transport import Experts, Places
+from nmoe.rdep.layout import Layout, layout, route
+from nmoe.rdep.transport import Places, Received
 
 
 class LocalTransport:
     """All experts and all tokens are here."""
 
-    def layout(self, indices_TK: Tensor, num_experts: int) -> Places:
-        """The layout as the routing's device makes it; a GPU's host does not wait for it."""
-        if indices_TK.device.type == "cpu":
-            return layout(indices_TK, num_experts)
-        from nmoe.kernels.layout import make_layout
+    ranks = 1
 
-        return make_layout(indices_TK, num_experts)
+    def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
+        """As `Transport.layout`; a GPU's host does not wait for it."""
+        if indices_TK.device.type != "cpu":
+            from nmoe.kernels.layout import make_layout
 
-    def run(self, x_TD: Tensor, weights_TK: Tensor, places: Places, experts: Experts) -> Tensor:
-        """y_t = sum over k of w_tk * expert_{i_tk}(x_t).
+            return make_layout(indices_TK, num_experts)
+        routing = route(indices_TK, num_experts=num_experts, ranks=1)
+        return layout(routing, routing.pairs_E[None], routing.tokens_N[None], rank=0, layer=layer)
 
-        x_TD: (T, D). weights_TK: (T, K) float32. places: the layout of the choice i. Returns (T, D) in x's dtype.
-        """
-        return experts(x_TD, weights_TK, places)
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, places: Layout) -> Received:
+        """As `Transport.dispatch`; x_UD is x_TD."""
+        row_P, top_k = places.row_TK.view(-1), places.row_TK.shape[1]
+        pair_R = torch.empty_like(row_P).scatter_(0, row_P, torch.arange(row_P.numel(), device=row_P.device))
+        weight_R = weights_TK.reshape(-1).index_select(0, pair_R)
+        return Received(x_UD=x_TD, token_R=pair_R // top_k, weight_R=weight_R, pair_R=pair_R)
+
+    def give_back(self, y_RD: Tensor, received: Received, places: Layout) -> tuple[Tensor, Tensor]:
+        """As `Transport.give_back`."""
+        return y_RD, places.row_TK
+
+    def dispatch_gradients(self, dy_TD: Tensor, places: Layout) -> Tensor:
+        """As `Transport.dispatch_gradients`."""
+        return dy_TD
+
+    def give_back_gradients(
+        self, dx_RD: Tensor, d_weight_R: Tensor, received: Received, places: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Transport.give_back_gradients`."""
+        d_weights_TK = d_weight_R.index_select(0, places.row_TK.view(-1)).view(places.row_TK.shape)
+        return dx_RD, places.row_TK, d_weights_TK

@@ -3,10 +3,17 @@
 For the same inputs every transport returns the same bits, whatever the number of ranks behind it:
 the layout is computed, not negotiated; experts see (expert, microbatch) segments; the return adds
 a token's rows in the order of k.
+
+One layer and one microbatch call, in this order, `layout`, `dispatch`, `give_back`, and for
+backward `dispatch_gradients`, `give_back_gradients`. On several ranks these are the phases that all
+ranks run together, empty microbatches included. What a call returns may lie in memory that the next
+call gives free, except what `dispatch` returns: that is kept for backward. On a GPU there is one rank, whose
+kernels gather and add by themselves: of the five only `layout` is called.
 """
 
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+import attrs
 from torch import Tensor
 
 from nmoe.rdep.layout import Layout
@@ -18,24 +25,46 @@ Places: TypeAlias = "Layout | DeviceLayout"
 """The layout of a routing: plain torch's on the CPU, the kernels' on a GPU."""
 
 
-class Experts(Protocol):
-    """The experts as a transport sees them."""
+@attrs.frozen(eq=False)
+class Received:
+    """What an owner has of everybody's tokens, for its R rows.
 
-    num_experts: int
+    x_UD: (U, D), the tokens' rows by (microbatch, token). token_R: (R,) int64, which of them a row reads.
+    weight_R: (R,) float32, the router's weight. pair_R: (R,) int64, the pair t*K + k in its microbatch.
+    """
 
-    def __call__(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor: ...
+    x_UD: Tensor
+    token_R: Tensor
+    weight_R: Tensor
+    pair_R: Tensor
 
 
 class Transport(Protocol):
-    """Layout, and then dispatch, experts and return, of one MoE layer and one microbatch.
+    """Dispatch and return between the ranks that share the experts.
 
-    Two calls, because a layer that computes its experts again in backward lays them out once.
+    ranks: N, of which each holds E / N experts.
     """
 
-    def layout(self, indices_TK: Tensor, num_experts: int) -> Places:
-        """The places of the pairs that a routing chose."""
+    ranks: int
+
+    def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
+        """The places of the pairs that a routing chose. num_experts: E, of all ranks. layer: for messages."""
         ...
 
-    def run(self, x_TD: Tensor, weights_TK: Tensor, places: Places, experts: Experts) -> Tensor:
-        """y_t = sum over k of w_tk * expert_{i_tk}(x_t), (T, D); differentiable in x, w and the experts' weights."""
+    def dispatch(self, x_TD: Tensor, weights_TK: Tensor, places: Layout) -> Received:
+        """x_TD: (T, D). weights_TK: (T, K) float32. Every rank's tokens for this rank's experts."""
+        ...
+
+    def give_back(self, y_RD: Tensor, received: Received, places: Layout) -> tuple[Tensor, Tensor]:
+        """y_RD: (R, D), this rank's experts' outputs. Rows (., D), and row_TK: where each of this rank's pairs lies."""
+        ...
+
+    def dispatch_gradients(self, dy_TD: Tensor, places: Layout) -> Tensor:
+        """dy_TD: (T, D), unweighted. dy_UD: (U, D), in the order of `Received.x_UD`."""
+        ...
+
+    def give_back_gradients(
+        self, dx_RD: Tensor, d_weight_R: Tensor, received: Received, places: Layout
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dx_RD: (R, D), d_weight_R: (R,) float32. Rows and row_TK as `give_back`, and d_weights_TK float32."""
         ...

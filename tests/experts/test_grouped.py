@@ -29,11 +29,21 @@ def inputs(dtype, tokens, hidden, indices_TK, seed=1):
     return x_TD, weights_TK, torch.randn(tokens, hidden, generator=generator).to(dtype)
 
 
-def run(module, x_TD, indices_TK, weights_TK, dy_TD):
+def forward(module, x_TD, indices_TK, weights_TK):
     transport = LocalTransport()
-    y_TD = transport.run(x_TD, weights_TK, transport.layout(indices_TK, module.num_experts), module)
-    wanted = (x_TD, weights_TK, *module.parameters())
-    return (y_TD.detach(), *torch.autograd.grad(y_TD, wanted, dy_TD))
+    return module(x_TD, weights_TK, transport.layout(indices_TK, module.num_experts, 0), transport)
+
+
+def run(module, x_TD, indices_TK, weights_TK, dy_TD):
+    """y, the gradients of x and of the weights, and what is in the matrices' `grad` then."""
+    y_TD = forward(module, x_TD, indices_TK, weights_TK)
+    dx_TD, dw_TK = torch.autograd.grad(y_TD, (x_TD, weights_TK), dy_TD)
+    return (y_TD.detach(), dx_TD, dw_TK, *(parameter.grad.clone() for parameter in module.parameters()))
+
+
+def clear(module):
+    for parameter in module.parameters():
+        parameter.grad = None
 
 
 def reference(module, x_TD, indices_TK, weights_TK, dy_TD):
@@ -91,6 +101,7 @@ def test_a_segment_does_not_see_the_others(dtype, threads):
     results = []
     for indices_TK in routings:
         x_TD, weights_TK, dy_TD = inputs(dtype, 200, 37, indices_TK)
+        clear(module)
         y_TD, dx_TD, dw_TK, d_gate_up, d_down = run(module, x_TD, indices_TK, weights_TK, dy_TD)
         results.append((y_TD[mine], dx_TD[mine], dw_TK[mine], d_gate_up[2], d_down[2], y_TD))
     for other in results[1:]:
@@ -103,17 +114,40 @@ def test_two_runs_give_the_same_bits():
     module = make(torch.float32, 8, 64, 48)
     indices_TK = routing("spread", 500, 8, 3)
     tensors = inputs(torch.float32, 500, 64, indices_TK)
-    first, second = (run(module, tensors[0], indices_TK, *tensors[1:]) for _ in range(2))
+    first = run(module, tensors[0], indices_TK, *tensors[1:])
+    clear(module)
+    second = run(module, tensors[0], indices_TK, *tensors[1:])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_backward_keeps_no_output_rows():
-    """Only x, weights, expert matrices and pre-activations are saved: nothing of shape (T*K, D)."""
+    """Only x, weights, indices, expert matrices and pre-activations are saved: nothing of shape (T*K, D)."""
     module = make(torch.float32, 4, 20, 33)
     indices_TK = routing("spread", 30, 4, 2)
     x_TD, weights_TK, _ = inputs(torch.float32, 30, 20, indices_TK)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        places = LocalTransport().layout(indices_TK, 4)
-        LocalTransport().run(x_TD, weights_TK, places, module)
-    assert sorted(saved) == sorted([(30, 20), (30, 2), (4, 2, 33, 20), (4, 20, 33), (60, 66)])
+        forward(module, x_TD, indices_TK, weights_TK)
+    assert sorted(saved) == sorted([(30, 20), (60,), (60,), (60,), (4, 2, 33, 20), (4, 20, 33), (60, 66)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_microbatches_are_added_in_their_order(dtype):
+    """grad is ((g0 + g1) + g2): each pass's gradient computed on its own, the first taken as it is."""
+    module = make(dtype, 5, 24, 16)
+    parts = []
+    for seed in range(3):
+        indices_TK = routing("spread", 40, 4, 2) + (seed == 2)  # expert 4 has rows in the last pass alone
+        x_TD, weights_TK, dy_TD = inputs(dtype, 40, 24, indices_TK, seed)
+        parts.append((indices_TK, x_TD, weights_TK, dy_TD * 10.0 ** (3 * seed)))
+    alone = []
+    for indices_TK, x_TD, weights_TK, dy_TD in parts:
+        clear(module)
+        alone.append(run(module, x_TD, indices_TK, weights_TK, dy_TD)[3:])
+    clear(module)
+    for indices_TK, x_TD, weights_TK, dy_TD in parts:
+        together = run(module, x_TD, indices_TK, weights_TK, dy_TD)[3:]
+    for found, g0, g1, g2 in zip(together, *alone, strict=True):
+        assert torch.equal(found, (g0 + g1) + g2)
+        assert not torch.equal(found, g0 + (g1 + g2))
+        assert not found[0].eq(0).all() and g0[4].eq(0).all() and torch.equal(found[4], g2[4])

@@ -9,7 +9,6 @@ from nmoe.experts.fp32 import Fp32Experts
 from nmoe.kernels import launch
 from nmoe.kernels.attention import attention_reference
 from nmoe.model.attention import attend
-from nmoe.rdep.layout import layout
 from nmoe.rdep.local import LocalTransport
 from nmoe.registry import hopper
 
@@ -40,11 +39,13 @@ def test_specs_and_kernels_agree_on_widths():
 def test_both_layouts_put_a_pair_in_one_row():
     layout_reference = pytest.importorskip("nmoe.kernels.layout").layout_reference
     expert_TK = routing(300, 7, 3)
-    ours, kernels = layout(expert_TK, 7), layout_reference(expert_TK, 7)
-    assert torch.equal(ours.row_of_pair_TK, kernels.row_TK.long())
-    assert torch.equal(ours.pair_of_row_R, kernels.pair_R.long())
-    assert torch.equal(ours.token_of_row_R, kernels.token_R.long())
-    assert ours.rows == kernels.offsets_E1.diff().tolist()
+    transport, kernels = LocalTransport(), layout_reference(expert_TK, 7)
+    places = transport.layout(expert_TK, 7, 0)
+    received = transport.dispatch(torch.empty(300, 1), torch.empty(300, 3), places)
+    assert torch.equal(places.row_TK, kernels.row_TK.long())
+    assert torch.equal(received.pair_R, kernels.pair_R.long())
+    assert torch.equal(received.token_R, kernels.token_R.long())
+    assert places.segments_LN.flatten().tolist() == kernels.offsets_E1.diff().tolist()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -61,7 +62,7 @@ def test_experts_mean_the_kernels_reference(dtype):
     weights_TK = normal(T, K, seed=4).sigmoid().requires_grad_()
     expert_TK, dy_TD = routing(T, E, K), normal(T, D, seed=5, dtype=dtype)
     transport = LocalTransport()
-    y_TD = transport.run(x_TD, weights_TK, transport.layout(expert_TK, E), experts)
+    y_TD = experts(x_TD, weights_TK, transport.layout(expert_TK, E, 0), transport)
     leaves = [t.detach().double().requires_grad_() for t in (x_TD, weights_TK, *experts.parameters())]
     wanted_TD = moe_reference(leaves[0], expert_TK, leaves[1], *leaves[2:])
     assert error(y_TD, wanted_TD) < TOLERANCE[dtype]
