@@ -1,0 +1,110 @@
+"""The memory that the ranks of a node share: one anonymous file for each rank, which all of them map.
+
+The file has no name (memfd_create(2)): its descriptor travels over the ranks' sockets, so that a crash at
+any moment leaves nothing behind, and the size of a mounted /dev/shm is no limit. All its pages are
+reserved when it is made, and it is sealed against another size, so that no later access can fail.
+
+A rank's regions, for N ranks with at most T tokens in a microbatch, E experts, K of them for a token, rows
+of D values:
+
+    counts_2C     C = E + N: this rank's pairs for each expert and tokens for each owner. Read by all
+    rows_UD       N*T rows received, by (microbatch, token). Written by all, each source its own part
+    token_R       N*T*K int32: which of them an expert row reads       \
+    pair_R        int32: the pair t*K + k in its source's microbatch    > written by the row's source
+    weight_R      float32: the router's weight                         /
+    returned_PD   T*K rows, one for each of this rank's pairs. Written by the pairs' owners
+    d_weight_P    T*K float32, the gradient of each pair's weight. Written by the pairs' owners
+"""
+
+import fcntl
+import mmap
+import os
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe.errors import fail
+
+ALIGNMENT = 128  # bytes: two cache lines, so that two regions never share one
+
+
+@attrs.frozen(kw_only=True)
+class Sizes:
+    """ranks: N. tokens: T, at most in a microbatch. num_experts: E, of all ranks. top_k: K. hidden_size: D."""
+
+    ranks: int
+    tokens: int
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    dtype: torch.dtype
+
+    def regions(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of each region, by its name in `Memory`."""
+        received, pairs = self.ranks * self.tokens, self.tokens * self.top_k
+        return {
+            "counts_2C": (torch.int64, (2, self.num_experts + self.ranks)),
+            "rows_UD": (self.dtype, (received, self.hidden_size)),
+            "token_R": (torch.int32, (self.ranks * pairs,)),
+            "pair_R": (torch.int32, (self.ranks * pairs,)),
+            "weight_R": (torch.float32, (self.ranks * pairs,)),
+            "returned_PD": (self.dtype, (pairs, self.hidden_size)),
+            "d_weight_P": (torch.float32, (pairs,)),
+        }
+
+    def offsets(self) -> tuple[dict[str, int], int]:
+        """Where each region begins, in bytes, and how many there are in all."""
+        offsets, end = {}, 0
+        for name, (dtype, shape) in self.regions().items():
+            offsets[name] = end
+            size = dtype.itemsize * torch.Size(shape).numel()
+            end += -(-size // ALIGNMENT) * ALIGNMENT
+        return offsets, max(end, ALIGNMENT)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Memory:
+    """One rank's regions, as tensors in the mapped file."""
+
+    counts_2C: Tensor
+    rows_UD: Tensor
+    token_R: Tensor
+    pair_R: Tensor
+    weight_R: Tensor
+    returned_PD: Tensor
+    d_weight_P: Tensor
+
+
+def create(sizes: Sizes) -> int:
+    """The descriptor of a new file for these sizes, reserved and sealed. RunError N0806 if there is no room."""
+    _, size = sizes.offsets()
+    file = os.memfd_create("nmoe-rdep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        os.close(file)
+        raise fail(
+            "N0806",
+            f"no room for {size} bytes of memory shared between the ranks: {error.strerror}",
+            place="the expert transport's buffers",
+            help="lower [batch] microbatch, or give the machine or its container more memory",
+        ) from error
+    fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return file
+
+
+def mapped(file: int, sizes: Sizes) -> Memory:
+    """The regions of a rank's file. The descriptor may be closed afterwards; the mapping lives as its tensors do."""
+    offsets, size = sizes.offsets()
+    if os.fstat(file).st_size != size:
+        raise fail("N0806", f"a rank shares {os.fstat(file).st_size} bytes where {size} belong", help="start again")
+    pages = mmap.mmap(file, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    tensors = {}
+    for name, (dtype, shape) in sizes.regions().items():
+        count = torch.Size(shape).numel()
+        if count:
+            tensors[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=offsets[name]).view(shape)
+        else:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+    return Memory(**tensors)

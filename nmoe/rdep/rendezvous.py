@@ -1,0 +1,133 @@
+"""How the ranks of a node find each other: a Unix-domain socket between every two, and each other's memory.
+
+The store of the launch (torchrun's, or rank 0's own) tells a rank where its peers listen. A listening
+socket has an abstract name that the kernel chooses: there is no file to leave behind. Both ends see by
+SO_PEERCRED that the other belongs to the same user, and by a greeting that it belongs to the same run and
+the same sizes. The descriptor of each rank's memory travels with its greeting.
+"""
+
+import json
+import os
+import secrets
+import socket
+import struct
+from datetime import timedelta
+
+import attrs
+import torch
+
+from nmoe.errors import RunError, fail
+
+GREETING_BYTES = 4096
+
+
+@attrs.frozen
+class Peer:
+    """A connected socket to another rank, and the descriptor of its memory; the receiver closes both."""
+
+    end: socket.socket
+    memory: int
+
+
+def launch_store(timeout_s: float) -> torch.distributed.Store:
+    """The store of the launch: torchrun's, or at MASTER_ADDR and MASTER_PORT with rank 0 as its server."""
+    store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+    return store
+
+
+def meet(
+    store: torch.distributed.Store, *, rank: int, ranks: int, memory: int, sizes: str, timeout_s: float
+) -> dict[int, Peer]:
+    """Every other rank of the node.
+
+    store: shared by these ranks alone, for one meeting. memory: the descriptor of this rank's. sizes: must be
+    equal on all.
+    RunError N0805 if somebody does not come within timeout_s, cannot be reached, or is of another plan.
+    """
+    store = torch.distributed.PrefixStore("rdep", store)
+    peers: dict[int, Peer] = {}
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        with listener:
+            listener.settimeout(timeout_s)
+            listener.bind("")
+            listener.listen(ranks)
+            store.set_timeout(timedelta(seconds=timeout_s))
+            if rank == 0:
+                store.set("run", secrets.token_hex(16))
+            store.set(f"address/{rank}", listener.getsockname())
+            run = _get(store, "run", 0).decode()
+            mine = json.dumps({"run": run, "rank": rank, "sizes": sizes}).encode()
+            for peer in range(rank):
+                end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                end.settimeout(timeout_s)
+                try:
+                    end.connect(_get(store, f"address/{peer}", peer))
+                    socket.send_fds(end, [mine], [memory])
+                    _, peers[peer] = _greeted(end, run, sizes, expected=peer)
+                except BaseException:
+                    end.close()
+                    raise
+            while len(peers) < ranks - 1:
+                end, _ = listener.accept()
+                end.settimeout(timeout_s)
+                try:
+                    name, peer_end = _greeted(end, run, sizes, expected=None)
+                    socket.send_fds(end, [mine], [memory])
+                except BaseException:
+                    end.close()
+                    raise
+                peers[name] = peer_end
+    except BaseException as error:
+        for known in peers.values():
+            known.end.close()
+            os.close(known.memory)
+        if isinstance(error, OSError):
+            missing = ", ".join(str(peer) for peer in range(ranks) if peer != rank and peer not in peers)
+            raise fail(
+                "N0805",
+                f"rank {rank} cannot meet rank {missing}: {error}",
+                place="rendezvous of the ranks of a node",
+                help="start all ranks of a node on one machine and in one network namespace",
+            ) from error
+        raise
+    return peers
+
+
+def _get(store: torch.distributed.Store, key: str, peer: int) -> bytes:
+    try:
+        found: bytes = store.get(key)
+    except RuntimeError as error:
+        raise fail(
+            "N0805",
+            f"rank {peer} has not come: {str(error).splitlines()[0]}",
+            place="rendezvous of the ranks of a node",
+            help=f"look at what rank {peer} wrote",
+        ) from error
+    return found
+
+
+def _greeted(end: socket.socket, run: str, sizes: str, *, expected: int | None) -> tuple[int, Peer]:
+    """The rank and the memory of whoever is at the other end."""
+    _, user, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    message, files, _, _ = socket.recv_fds(end, GREETING_BYTES, 1)
+    try:
+        found = json.loads(message) if message else {}
+    except ValueError:
+        found = {}
+    if user != os.getuid() or found.get("run") != run or len(files) != 1 or expected not in (None, found["rank"]):
+        problem = "somebody else is at the other end"
+    elif found["sizes"] != sizes:
+        problem = f"rank {found['rank']} has other sizes: {found['sizes']}, and here {sizes}"
+    else:
+        return found["rank"], Peer(end, files[0])
+    for file in files:
+        os.close(file)
+    raise RunError(
+        fail(
+            "N0805",
+            problem,
+            place="rendezvous of the ranks of a node",
+            help="all ranks must run the same plan, started together",
+        ).diagnostics
+    )

@@ -1,0 +1,201 @@
+"""Signals between the ranks of a node: who has come to which phase, and who failed first.
+
+A phase is one exchange of a layer. All ranks run the same list of phases, so a phase is a number that
+only grows. When a rank publishes phase p to a peer it says two things: what it writes for the peer in p
+is there, and whatever it had to read of the phases before p it has read, so that those buffers are free.
+To observe p is to wait until every peer has published it. Hence nobody is more than one phase ahead.
+
+Ranks wait in the kernel, in poll(2) on a Unix-domain socket to each peer: processes that spin would take
+the cores from those that they wait for. A message is a system call on both sides, which orders the
+stores before it and the loads after it.
+
+A peer that dies is an end-of-file at once. A rank that fails tells its peers why before it goes, and a
+rank that learns of a failure passes on the first one, so that all name the same cause. A peer that hangs
+is a time-out.
+"""
+
+import collections
+import contextlib
+import errno
+import select
+import socket
+import struct
+import time
+from collections.abc import Mapping
+
+import attrs
+
+from nmoe.errors import NmoeError, RunError, fail
+
+PHASES = ("counts", "rows", "outputs", "output gradients", "input gradients")
+
+ARRIVED, FAILED, ENDED = range(3)
+HEAD = struct.Struct("<BBIQ")  # kind; phase's index, layer, number: of a failure, the rank is in the layer's place
+TEXT_BYTES = 8192
+MESSAGE_BYTES = HEAD.size + TEXT_BYTES
+
+
+@attrs.frozen
+class Arrival:
+    """A rank has come to phase `number`, which is the phase of that name in that layer."""
+
+    number: int
+    phase: str
+    layer: int
+
+    def __str__(self) -> str:
+        return f"phase {self.number}, `{self.phase}` of layer {self.layer}" if self.number else "no phase yet"
+
+
+@attrs.frozen
+class Failure:
+    """The first failure that a rank knows of."""
+
+    rank: int
+    text: str
+
+
+class Signals:
+    """One rank's end of the signals.
+
+    sockets: a connected SOCK_SEQPACKET socket to each peer, by rank; closed by `close`. timeout_s: how
+    long a peer may take to come to a phase after this rank has, in seconds.
+    """
+
+    def __init__(self, *, rank: int, sockets: Mapping[int, socket.socket], timeout_s: float) -> None:
+        self.rank, self.timeout_s = rank, timeout_s
+        self.sockets = dict(sockets)
+        self.here = Arrival(0, "", 0)
+        self.seen = dict.fromkeys(self.sockets, self.here)
+        self.waiting: dict[int, collections.deque[Arrival]] = {peer: collections.deque() for peer in self.sockets}
+        self.ended: set[int] = set()
+        self.failure: Failure | None = None
+        self.poll = select.poll()
+        self.peer_of_file = {end.fileno(): peer for peer, end in self.sockets.items()}
+        for end in self.sockets.values():
+            end.settimeout(timeout_s)
+            self.poll.register(end, select.POLLIN)
+
+    def begin(self, phase: str, layer: int) -> None:
+        """This rank comes to the next phase."""
+        self.here = Arrival(self.here.number + 1, phase, layer)
+
+    def publish(self, peer: int) -> None:
+        """Tell a peer that this rank has done its part of the phase for it, and has read all of the phases before."""
+        if peer == self.rank:
+            return
+        head = HEAD.pack(ARRIVED, PHASES.index(self.here.phase), self.here.layer, self.here.number)
+        try:
+            self.sockets[peer].send(head)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                raise self._hung([peer]) from error
+            while peer not in self.ended and self.failure is None:
+                self._receive(peer)
+            raise self._gone(peer) from None
+
+    def observe(self) -> None:
+        """Wait until every peer has published this phase.
+
+        RunError N0802: a peer has failed or ended. N0803: one has not come in time. N0804: one has come to
+        another phase, so that the ranks do not run the same list.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while missing := [peer for peer, queue in self.waiting.items() if not queue]:
+            for peer in missing:
+                if peer in self.ended:
+                    raise self._gone(peer)
+            events = self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            if not events:
+                raise self._hung(missing)
+            for file, _ in events:
+                self._receive(self.peer_of_file[file])
+                if self.failure is not None:
+                    raise self._gone(self.failure.rank)
+        for peer, queue in self.waiting.items():
+            self.seen[peer] = queue.popleft()
+            if self.seen[peer] != self.here:
+                raise self._apart(peer, f"has come to {self.seen[peer]}")
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Say why this rank ends, or that it is done, and close the sockets."""
+        if error is None:
+            message = HEAD.pack(ENDED, 0, 0, self.here.number)
+        else:
+            first = self.failure or Failure(self.rank, f"{describe(error)}\nin {self.here}")
+            text = first.text.encode(errors="replace")[:TEXT_BYTES]
+            message = HEAD.pack(FAILED, 0, first.rank, self.here.number) + text
+        for end in self.sockets.values():
+            end.setblocking(False)
+            with contextlib.suppress(OSError):  # it has gone, or hangs with a full queue: there is nobody to tell
+                end.send(message)
+            end.close()
+        self.sockets.clear()
+
+    def _receive(self, peer: int) -> None:
+        """One message of a peer, or its end."""
+        end = self.sockets[peer]
+        try:
+            message = end.recv(MESSAGE_BYTES)
+        except ConnectionResetError:
+            return  # it went without having read everything; what it had sent follows, and then its end
+        if not message:
+            self.poll.unregister(end)
+            if peer not in self.ended:
+                self.ended.add(peer)
+                self.failure = self.failure or Failure(
+                    peer, "ended without a word: it was killed, or crashed outside Python"
+                )
+            return
+        kind, phase, layer, number = HEAD.unpack_from(message)
+        if kind == ARRIVED:
+            self.waiting[peer].append(Arrival(number, PHASES[phase], layer))
+        elif kind == FAILED:
+            self.failure = self.failure or Failure(layer, message[HEAD.size :].decode(errors="replace"))
+        else:
+            self.ended.add(peer)
+
+    def _expected(self, peer: int) -> list[str]:
+        return [f"seen of rank {peer}: {self.seen[peer]}", f"expected: {self.here}"]
+
+    def _gone(self, peer: int) -> RunError:
+        failure = self.failure
+        if failure is None:
+            return self._apart(peer, "has ended")
+        first, *more = failure.text.splitlines() or [""]
+        notes = [*more, *(self._expected(failure.rank) if failure.rank in self.seen else [])]
+        return fail(
+            "N0802",
+            f"rank {failure.rank} failed first: {first}",
+            place=f"rank {self.rank} at {self.here}",
+            help=f"look at what rank {failure.rank} wrote",
+            notes=notes,
+        )
+
+    def _hung(self, missing: list[int]) -> RunError:
+        names = ", ".join(str(peer) for peer in missing)
+        text = f"has not come to {self.here} within {self.timeout_s:g} s"
+        self.failure = Failure(missing[0], text)
+        return fail(
+            "N0803",
+            f"rank {names} {text}",
+            place=f"rank {self.rank} at {self.here}",
+            help=f"see whether rank {names} is stopped, or does something that takes longer",
+            notes=[line for peer in missing for line in self._expected(peer)],
+        )
+
+    def _apart(self, peer: int, what: str) -> RunError:
+        return fail(
+            "N0804",
+            f"rank {peer} {what}, and rank {self.rank} has come to {self.here}",
+            place=f"rank {self.rank} at {self.here}",
+            help="all ranks must run the same plan on the same code",
+        )
+
+
+def describe(error: BaseException) -> str:
+    """An exception as its peers are told: the first line is what happened."""
+    if isinstance(error, NmoeError):
+        first = error.diagnostics[0]
+        return f"{first.message} [{first.code}]"
+    return f"{type(error).__name__}: {error}"
