@@ -7,7 +7,8 @@ reserved when it is made, and it is sealed against another size, so that no late
 A rank's regions, for N ranks with at most T tokens in a microbatch, E experts, K of them for a token, rows
 of D values:
 
-    counts_2C     C = E + N: this rank's pairs for each expert and tokens for each owner. Read by all
+    counts_2C     C = E + N: this rank's pairs for each expert and tokens for each owner, read by all; two of
+                  them, used by turns, so that one layout may follow another with no phase between them
     rows_UD       N*T rows received, by (microbatch, token). Written by all, each source its own part
     token_R       N*T*K int32: which of them an expert row reads       \
     pair_R        int32: the pair t*K + k in its source's microbatch    > written by the row's source
@@ -29,9 +30,13 @@ from nmoe.errors import fail
 ALIGNMENT = 128  # bytes: two cache lines, so that two regions never share one
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, str=False)
 class Sizes:
-    """ranks: N. tokens: T, at most in a microbatch. num_experts: E, of all ranks. top_k: K. hidden_size: D."""
+    """What a transport's buffers are for, the same on all ranks.
+
+    ranks: N. tokens: T, at most in a microbatch. num_experts: E, of all ranks. top_k: K. hidden_size: D.
+    dtype: of rows, float32 or bfloat16.
+    """
 
     ranks: int
     tokens: int
@@ -39,6 +44,12 @@ class Sizes:
     top_k: int
     hidden_size: int
     dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ranks} ranks, {self.tokens} tokens each, {self.top_k} of {self.num_experts} experts for a token, "
+            f"rows of {self.hidden_size} {str(self.dtype).removeprefix('torch.')}"
+        )
 
     def regions(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """dtype and shape of each region, by its name in `Memory`."""

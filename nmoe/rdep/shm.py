@@ -7,10 +7,11 @@
     output gradients   as rows, over the saved layout, unweighted and without the index
     input gradients    as outputs, with one float32 <dA', A> for each pair
 
-Every phase begins with the publication of the one before as read (`nmoe.rdep.signals`), and that is what
-makes its buffer free: the received rows are read before their owner publishes the outputs, the returned
-ones before their source publishes its next counts or output gradients. What backward needs is copied out
-of the shared memory.
+To publish a phase is also to say that everything of the phases before it has been read
+(`nmoe.rdep.signals`), and that is what makes a buffer free: received rows are read before their owner
+publishes outputs or input gradients, and written by nobody until then; returned ones are read before
+their source publishes its next counts or output gradients. So there are no messages that say only "free".
+What backward needs is copied out of the shared memory.
 """
 
 import os
@@ -31,7 +32,8 @@ class ShmTransport:
     """One rank of a node's ranks. A context: leaving it tells the peers whether this rank is done or has failed.
 
     store: shared by exactly these ranks. timeout_s: how long a rank waits for its peers, in seconds, when
-    they meet and in every phase. sizes: as all ranks have them. RunError N0805 to N0806 if they cannot meet.
+    they meet and in every phase. sizes: the same on all ranks. RunError N0805 or N0806 if
+    they cannot meet, or there is no room.
     """
 
     def __init__(self, *, store: torch.distributed.Store, rank: int, sizes: Sizes, timeout_s: float) -> None:
@@ -74,9 +76,9 @@ class ShmTransport:
         if tokens > self.sizes.tokens or top_k != self.sizes.top_k or num_experts != self.sizes.num_experts:
             raise fail(
                 "N0807",
-                f"a microbatch of {tokens} tokens with {top_k} of {num_experts} experts each, "
-                f"and the buffers are for {self.sizes}",
+                f"a microbatch of {tokens} tokens, {top_k} of {num_experts} experts for a token, does not fit",
                 place=f"layer {layer}",
+                notes=[f"the buffers are for {self.sizes}"],
                 help="make the transport for the largest microbatch of the plan",
             )
         routing = route(indices_TK, num_experts=num_experts, ranks=self.ranks)

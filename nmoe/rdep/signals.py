@@ -173,14 +173,14 @@ class Signals:
         )
 
     def _hung(self, missing: list[int]) -> RunError:
-        names = ", ".join(str(peer) for peer in missing)
-        text = f"has not come to {self.here} within {self.timeout_s:g} s"
+        names = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        text = f"did not come to {self.here} within {self.timeout_s:g} s"
         self.failure = Failure(missing[0], text)
         return fail(
             "N0803",
-            f"rank {names} {text}",
+            f"{names} {text}",
             place=f"rank {self.rank} at {self.here}",
-            help=f"see whether rank {names} is stopped, or does something that takes longer",
+            help="see whether it is stopped, or does something that takes longer",
             notes=[line for peer in missing for line in self._expected(peer)],
         )
 
