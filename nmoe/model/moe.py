@@ -28,8 +28,8 @@ class MoE(torch.nn.Module):
         if self.num_experts != experts.num_experts * transport.ranks:
             raise fail(
                 "N0801",
-                f"the router chooses among {self.num_experts} experts, "
-                f"and {transport.ranks} ranks hold {experts.num_experts} each",
+                f"the router chooses among {self.num_experts} experts; "
+                f"ranks: {transport.ranks}, experts of each: {experts.num_experts}",
                 place=f"layer {layer}",
                 help="the router's number of experts must be the experts' times the ranks",
             )

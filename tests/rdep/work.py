@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from nmoe.experts.bf16 import Bf16Experts
 from nmoe.experts.fp32 import Fp32Experts
 from nmoe.model.moe import MoE
-from nmoe.model.router import SigmoidRouter
+from nmoe.model.router import SoftmaxRouter
 from nmoe.rdep.local import LocalTransport
 from nmoe.rdep.memory import Sizes
 from nmoe.rdep.shm import ShmTransport
@@ -259,9 +259,7 @@ def files(*, rank, ranks, store):
 def moe(*, rank, ranks, store, microbatches):
     """The MoE layer with its router, over this rank's microbatches."""
     (experts,) = make_layers("fp32", 8, ranks, rank, 1)
-    router = SigmoidRouter(
-        hidden_size=HIDDEN, num_experts=8, top_k=3, num_groups=1, top_groups=1, route_scale=1.5, bias_update_rate=0.0
-    )
+    router = SoftmaxRouter(hidden_size=HIDDEN, num_experts=8, top_k=3, renormalize=True)
     router.weight_ED.data = torch.randn(8, HIDDEN, generator=generator(4))
     found = {}
     with ShmTransport(store=store, rank=rank, sizes=sizes("fp32", 8, 3, ranks), timeout_s=100.0) as shm:

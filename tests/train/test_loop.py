@@ -170,12 +170,13 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(runs, monkeypatch):
     name = "layers.1.moe.experts.w_down_EDF"
 
     def poison(graph) -> None:
-        def spoil(gradient):
-            gradient = gradient.clone()
-            gradient[5, 2, 1] = float("inf")
-            return gradient
+        parameters = dict(graph.model.named_parameters())
 
-        dict(graph.model.named_parameters())[name].register_hook(spoil)
+        def spoil(_):
+            parameters[name].grad[5, 2, 1] = float("inf")
+
+        # Experts add to `grad` themselves, out of sight of hooks; backward comes to the embedding after them.
+        parameters["embedding.weight_VD"].register_hook(spoil)
 
     watch = Watch(monkeypatch, poison)
     with pytest.raises(RunError) as caught:
