@@ -50,7 +50,7 @@ class Layout:
     layer: of the model, for messages. owner_TK, row_TK: (T, K) int64, each pair's owner and its row there.
     sent_TN: (T, N) bool, and place_TN: (T, N) int64, whether and where a token's row lies at a rank.
     segments_LN: (L, N) int64, the pairs of each of this rank's experts, by microbatch.
-    pairs_NE: (N, E), C. tokens_NN: (N, N), U[source, owner].
+    tokens_NN: (N, N) int64, U[source, owner].
     """
 
     layer: int
@@ -59,7 +59,6 @@ class Layout:
     sent_TN: Tensor
     place_TN: Tensor
     segments_LN: Tensor
-    pairs_NE: Tensor
     tokens_NN: Tensor
 
 
@@ -100,7 +99,6 @@ def layout(routing: Routing, pairs_NE: Tensor, tokens_NN: Tensor, *, rank: int, 
         sent_TN=routing.sent_TN,
         place_TN=tokens_NN[:rank].sum(0) + routing.sent_TN.cumsum(0) - 1,
         segments_LN=pairs_NE[:, rank * local : (rank + 1) * local].t(),
-        pairs_NE=pairs_NE,
         tokens_NN=tokens_NN,
     )
 
