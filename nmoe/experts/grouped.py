@@ -167,12 +167,11 @@ class GroupedExperts(torch.nn.Module):
         x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x and w. The
         matrices' gradients are float32; on the CPU they are added to `grad`, out of autograd's sight.
         """
+        matrices = self.w_gate_up_E2FD, self.w_down_EDF
         if x_TD.device.type == "cpu":
-            y_TD: Tensor = GroupedSwiglu.apply(
-                x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places, transport
-            )
-            return y_TD
-        from nmoe.experts.hopper import HopperSwiglu
+            y_TD: Tensor = GroupedSwiglu.apply(x_TD, weights_TK, *matrices, places, transport)
+        else:
+            from nmoe.experts.hopper import HopperSwiglu
 
-        y_TD = HopperSwiglu.apply(x_TD, weights_TK, self.w_gate_up_E2FD, self.w_down_EDF, places)
+            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places)
         return y_TD
