@@ -37,13 +37,20 @@ class Moe(Component):
         return self.num_shared_experts * self.experts.intermediate_size
 
     def routing_bytes(self, target: str) -> int:
-        """Bytes of one token of the routing, which is always kept: the router's, weights, three indices a pair."""
-        index = 8 if target == "cpu" else 4
-        return self.router.saved_bytes + self.router.top_k * (4 + 3 * index)
+        """Bytes of one token of the routing, which is always kept: the router's, weights, and where the pairs lie.
 
-    def saved_bytes(self, element: int) -> int:
-        """Bytes of one token kept for backward: gate and up of each chosen and shared expert."""
-        return 2 * (self.router.top_k * self.experts.intermediate_size + self.shared_size) * element
+        Kernels: three int32 a pair. CPU: owner and row of a pair, int64; whether and where the token's row lies.
+        """
+        pair, token = (4 + 2 * 8, 1 + 8) if target == "cpu" else (4 + 3 * 4, 0)
+        return self.router.saved_bytes + self.router.top_k * pair + token
+
+    def saved_bytes(self, element: int, target: str) -> int:
+        """Bytes of one token kept for backward: gate and up of each chosen and shared expert.
+
+        CPU: and of each row its token and its pair, int64.
+        """
+        indices = 2 * 8 * self.router.top_k if target == "cpu" else 0
+        return 2 * (self.router.top_k * self.experts.intermediate_size + self.shared_size) * element + indices
 
     def working_bytes(self, tokens: int, hidden_size: int, element: int, target: str) -> int:
         """Bytes that the backward of `tokens` tokens needs: that of the routed or of the shared experts.

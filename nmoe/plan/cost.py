@@ -29,8 +29,9 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
 
                   (`saved_bytes` and `routing_bytes` of the specs). recompute = "attention" leaves x alone of
                   the first half; "layer" leaves x and, of a MoE layer, the norm of h and the routing.
-    rdep_buffers  for N > 1: N * T rows received and T * top_k rows returned in dtype, and 16 bytes of
-                  index and weight for each of N * T * top_k pairs; on one rank nothing
+    rdep_buffers  for N > 1: N * T rows received and T * top_k rows returned in dtype, 12 bytes of index and
+                  weight for each of N * T * top_k pairs, 4 for each weight's gradient returned, and two
+                  buffers of E + N counts of 8 bytes; on one rank nothing
 
 They are not at their largest together: with one microbatch, activations shrink while gradients grow. The
 peak is the largest, over the moments of a step, of what is alive then. Weights, optimizer and buffers
@@ -186,7 +187,7 @@ def halves(config: Config, layer: int, recompute: str, gradients: dict[str, int]
         working = tokens * model.mlp.working_bytes(element)
     else:
         assert model.moe is not None
-        routing, saved = model.moe.routing_bytes(target), model.moe.saved_bytes(element)
+        routing, saved = model.moe.routing_bytes(target), model.moe.saved_bytes(element, target)
         working = model.moe.working_bytes(tokens, model.hidden_size, element, target)
     second = stream + 4 + stream + routing + saved
     kept = {
@@ -326,4 +327,5 @@ def rdep_bytes(config: Config, tokens: int, ranks_per_node: int) -> int:
         return 0
     row = config.model.hidden_size * BYTES[config.model.dtype]
     pairs = tokens * moe.router.top_k
-    return ranks_per_node * tokens * row + pairs * row + ranks_per_node * pairs * 16
+    counts = 2 * 8 * (moe.router.num_experts + ranks_per_node)
+    return ranks_per_node * tokens * row + pairs * row + ranks_per_node * pairs * 12 + pairs * 4 + counts

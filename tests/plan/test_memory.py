@@ -94,7 +94,7 @@ def _switches_back():
 def test_the_plan_is_what_a_step_takes(name, recompute):
     """Tensors exactly, what a forward keeps within 0.5%, the peak within 10%.
 
-    A layout also keeps the counts and starts of its experts, which the plan leaves out. The peak's error is in
+    A layout also keeps the counts of its segments, which the plan leaves out. The peak's error is in
     what a moment needs for itself, of which the plan has the large parts.
     """
     found = {row["kind"]: row for row in rows(plan_of(name, recompute))}
@@ -128,7 +128,7 @@ def test_activations_are_what_autograd_saves(name, monkeypatch):
         h_TD = graph.model(ids_BS, documents_BS if graph.document_mask else None)
     pack(h_TD)
     for places in layouts:
-        for tensor in (places.pair_of_row_R, places.row_of_pair_TK, places.token_of_row_R):
+        for tensor in (places.owner_TK, places.row_TK, places.sent_TN, places.place_TN):
             pack(tensor)
     counted = sum(storage.nbytes() for storage in kept.values())
     assert plan.memory["none"].whole["activations"] == pytest.approx(counted, rel=0.005)
@@ -151,7 +151,7 @@ def test_a_hopper_layer_keeps_what_was_measured(tokens, experts, top_k, width, g
     router = SigmoidRouter(num_experts=experts, top_k=top_k)
     spec = Moe(router=router, experts=Bf16Experts(intermediate_size=width))
     routing = spec.routing_bytes("sm_90a") - spec.router.saved_bytes
-    assert tokens * (spec.saved_bytes(2) + routing) / 2**30 == pytest.approx(gib, abs=0.01)
+    assert tokens * (spec.saved_bytes(2, "sm_90a") + routing) / 2**30 == pytest.approx(gib, abs=0.01)
 
 
 def test_sizes_of_pieces_are_those_at_work():
