@@ -35,7 +35,7 @@ NOT_ARITHMETIC = (
     "train/drill.py", "train/events.py", "train/gate.py", "train/progress.py", "train/run_dir.py", "train/run_lock.py",
     "train/signals.py",
 )  # fmt: skip
-LIBRARIES = ("torch", "numpy", "triton")
+LIBRARIES = ("numpy", "triton")  # beside torch
 COLUMN = 44
 
 
@@ -128,7 +128,10 @@ def _sources(root: Path) -> Iterator[Path]:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
+    """Of the libraries as installed; torch's own word for its version, which also names what it was built for."""
+    import torch
+
+    versions = {"torch": torch.__version__}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
