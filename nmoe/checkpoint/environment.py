@@ -131,7 +131,7 @@ def _versions() -> dict[str, str]:
     """Of the libraries as installed; torch's own word for its version, which also names what it was built for."""
     import torch
 
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     for name in LIBRARIES:
         try:
             versions[name] = importlib.metadata.version(name)
