@@ -64,7 +64,10 @@ def require_head(directory: str | os.PathLike[str], *, threads: int = 4) -> Mani
     """open_head where a checkpoint has to be; RunError N0304 if there is none yet."""
     manifest = open_head(directory, threads=threads)
     if manifest is None:
-        raise fail("N0304", "the run has no checkpoint yet", place=str(directory))
+        raise fail(
+            "N0304", "the run has no checkpoint yet", place=str(directory),
+            help="let it train: one is saved every `checkpoint_every` steps of [output], and when it is stopped",
+        )  # fmt: skip
     return manifest
 
 

@@ -170,7 +170,7 @@ class CheckpointWriter:
             free = shutil.disk_usage(self.directory).free
         if free < need:
             raise fail(
-                "N0308", f"a checkpoint needs {need / 1e9:.2f} GB and the file system has {free / 1e9:.2f} GB free",
+                "N0308", f"a checkpoint needs {need / 1e6:,.1f} MB and the file system has {free / 1e6:,.1f} MB free",
                 place=str(self.directory), help="free space, or lower `keep_checkpoints` in [output]",
             )  # fmt: skip
 

@@ -115,8 +115,10 @@ def _print(result: dict[str, Any], moved: str) -> None:
         verified = f"{count} checkpoint{'s' if count != 1 else ''}, every byte verified"
         click.echo(verified if count else "no checkpoint yet")
     else:
-        damaged = [checked for checked in result["checkpoints"] if not checked["ok"]]
-        way_out = f"; nmoe verify {result['run']} --rewind goes back to the newest that verifies" if damaged else ""
+        # HEAD alone can be at fault. Where no checkpoint is whole there is nothing to go back to.
+        whole = any(checked["ok"] for checked in result["checkpoints"])
+        mended = whole and any(fault["path"].startswith("checkpoints/") for fault in result["faults"])
+        way_out = f"; nmoe verify {result['run']} --rewind goes back to the newest that verifies" if mended else ""
         count = len(result["faults"])
         click.echo(f"{count} fault{'s' if count != 1 else ''}{way_out}", err=True)
 

@@ -144,6 +144,13 @@ class RunDir:
                 "N0314", f"the run has a plan.json and no {events.NAME}", place=str(self.path),
                 help=f"restore {events.NAME} from a copy, or name another `run_dir`",
             )  # fmt: skip
+        # A stop is told after its save, so what it names was there; to begin at step 1 again would hide the loss.
+        stops = [event["step"] for event in past.events if event["event"] == "stop"]
+        if any(stops) and not self.checkpoints.exists():
+            raise fail(
+                "N0314", f"the run has been saved at step {stops[-1]} and has no `{CHECKPOINTS}`", place=str(self.path),
+                help=f"restore `{CHECKPOINTS}` from a copy, or name another `run_dir` to begin anew",
+            )  # fmt: skip
         return read_plan(self.path)
 
     def _write(self, name: str, text: str) -> None:

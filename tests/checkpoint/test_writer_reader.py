@@ -223,8 +223,8 @@ def test_a_failure_is_raised_by_check_and_by_save_too(directory, tool, monkeypat
 def test_a_full_disk_is_refused_before_anything_is_copied(directory, tool, monkeypatch):
     tool.save(directory, 1)
     writer = CheckpointWriter(directory, keep=2)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(RunError, match=r"N0308.*0.00 GB free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 300_000})())
+    with pytest.raises(RunError, match=r"N0308.* 0\.3 MB free"):
         writer.save(step=2, tensors=tool.state(2), state={}, identity=tool.identity())
     assert tool.holds(directory, 1)
 

@@ -115,6 +115,7 @@ def test_a_place_that_cannot_be_written(tmp_path, capfd, place, above):
     error = capfd.readouterr().err
     assert "error[N0301]: cannot make directory" in error if place == "run" else "error[N0402]: cannot " in error
     assert str(tmp_path / above) in error
+    assert "= help: " in error
     assert "Traceback" not in error
 
 
@@ -125,9 +126,19 @@ def test_a_full_disk_stops_the_run_and_says_where(tmp_path, capfd, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         assert nmoe(in_directory(tmp_path / "run", "output.stop_after_step=2")) == 1
         error = capfd.readouterr().err
-    assert "error[N0308]: a checkpoint needs 0.0" in error
+    assert "error[N0308]: a checkpoint needs " in error
+    assert "the file system has 1.0 MB free" in error
     assert "keep_checkpoints" in error
     assert nmoe(in_directory(tmp_path / "run", "output.stop_after_step=2")) == 0
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_again_in_silence(tmp_path, capfd):
+    assert nmoe(in_directory(tmp_path / "run", "output.stop_after_step=2")) == 0
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert nmoe(in_directory(tmp_path / "run", "output.stop_after_step=3")) == 1
+    error = capfd.readouterr().err
+    assert "error[N0314]: the run has been saved at step 2 and has no `checkpoints`" in error
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_new_lineage_without_a_change_is_refused(tmp_path, capfd):

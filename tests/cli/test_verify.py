@@ -70,6 +70,20 @@ def test_every_fault_is_named_and_the_status_is_1(run, capsys):
     assert sorted(fault["step"] for fault in result["faults"]) == [2, 3]
 
 
+def test_a_damaged_head_alone_has_its_way_out(run, capsys):
+    (run / "checkpoints" / "HEAD").write_bytes(b"")
+    assert nmoe(["verify", str(run)]) == 1
+    assert f"1 fault; nmoe verify {run} --rewind goes back" in capsys.readouterr().err
+    assert nmoe(["verify", str(run), "--rewind"]) == 0
+
+
+def test_where_nothing_is_whole_rewind_is_not_proposed(run, capsys):
+    for step in (1, 2, 3):
+        object_of(run, step).unlink()
+    assert nmoe(["verify", str(run)]) == 1
+    assert "--rewind" not in capsys.readouterr().err
+
+
 def test_rewind_moves_head_and_says_so(run, capsys):
     object_of(run, 3).unlink()
     assert nmoe(["verify", str(run), "--rewind"]) == 0

@@ -165,7 +165,7 @@ def test_what_is_no_run_or_no_place(run, tmp_path, capsys):
 
 def test_no_checkpoint_yet(run, tmp_path, capsys):
     shutil.rmtree(run / "checkpoints")
-    refused([str(run), "-o", str(tmp_path / "out")], "N0304", 1, capsys)
+    assert "= help: " in refused([str(run), "-o", str(tmp_path / "out")], "N0304", 1, capsys)
 
 
 def test_another_plan_than_the_checkpoints(run, tmp_path, capsys):
