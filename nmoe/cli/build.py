@@ -44,6 +44,8 @@ def command(
     if len(asked) > 1:
         raise click.UsageError(f"{' and '.join(asked)} do not go together; ask for one of them.")
     if as_schema:
+        if config is not None or sets:
+            raise click.UsageError("--schema is that of every config: it takes no CONFIG and no --set.")
         from nmoe.plan.schema import schema
 
         click.echo(json.dumps(schema(), indent=2))

@@ -9,13 +9,17 @@ diagnostic; only a fault of nmoe's own shows a traceback.
 
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 import click
 
 from nmoe import __version__
-from nmoe.errors import NmoeError
+from nmoe.errors import Diagnostic, NmoeError
 
 # command -> (its module, which exposes `command`; what --help says of it without importing it)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -63,6 +67,21 @@ def cli() -> None:
     """Train Mixture-of-Experts language models: one TOML file, one fingerprint, the same bits."""
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 interrupt a command as Ctrl-C does; a run that has begun watches them itself."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command line and exit with its status."""
     sys.exit(run(args))
@@ -70,13 +89,52 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str] | None = None) -> int:
     """The exit status of a command line; what it has to say is printed."""
-    arguments = list(sys.argv[1:] if args is None else args)
+    _open_closed_streams()
     try:
-        with cli.make_context("nmoe", arguments) as context:
+        status = _status(list(sys.argv[1:] if args is None else args))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        return 141
+    except OSError as error:
+        if not _was_a_result(error):
+            raise
+        _forget_stdout()
+        lost = Diagnostic(
+            code="N0001",
+            message=f"the result cannot be written: {(error.strerror or str(error)).lower()}",
+            place="stdout",
+            help="make room where it goes, or send it elsewhere, and run the command again",
+        )
+        print(lost.render(), file=sys.stderr)
+        return 1
+    return status
+
+
+def _open_closed_streams() -> None:
+    """A command started with stdout or stderr closed has nobody to tell; no file may get their numbers."""
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+
+
+def _was_a_result(error: OSError) -> bool:
+    """Whether the call that failed wrote to stdout: click's own, of all commands and of --help, or the last flush."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code is run.__code__ or (frame.f_code is click.echo.__code__ and not frame.f_locals["err"])
+
+
+def _forget_stdout() -> None:
+    """Whatever is still buffered goes nowhere, or Python complains at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _status(arguments: list[str]) -> int:
+    try:
+        with _interruptible(), cli.make_context("nmoe", arguments) as context:
             cli.invoke(context)
-        sys.stdout.flush()
     except SystemExit as error:
-        sys.stdout.flush()
         return error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except NmoeError as error:
         print(error.render(), *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
@@ -89,8 +147,4 @@ def run(args: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # The reader has gone. Whatever is still buffered goes nowhere, or Python complains at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     return 0

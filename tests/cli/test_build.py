@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -168,6 +169,44 @@ def test_an_interrupt_is_status_130(monkeypatch, capsys):
     monkeypatch.setattr(nmoe.plan.resolve, "resolve", interrupt)
     assert run(["build", DEBUG]) == 130
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_signals_that_stop_a_run_interrupt_what_has_not_begun(number):
+    """A scheduler's signal in the first second is status 130 with a word, as Ctrl-C is."""
+    code = (
+        "import nmoe.plan.resolve as r, signal\n"
+        f"r.resolve = lambda *a, **k: signal.raise_signal({int(number)})\n"
+        "from nmoe.cli.main import main\n"
+        f"main(['train', {DEBUG!r}])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [["build", DEBUG], ["build", DEBUG, "--json"], ["--help"], ["--version"]])
+def test_a_result_that_cannot_be_written_is_said(arguments):
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "nmoe", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error[N0001]: the result cannot be written: no space left on device\n --> stdout\n")
+    assert "Traceback" not in done.stderr and "= help: " in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [[DEBUG], ["--set", "random.seed=1"]])
+def test_the_schema_belongs_to_no_config(arguments, capsys):
+    assert run(["build", "--schema", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "it takes no CONFIG and no --set" in printed.err
+
+
+def test_closed_streams_are_no_fault():
+    command = f'"{sys.executable}" -m nmoe build'
+    assert subprocess.run(f'{command} "{DEBUG}" >&-', shell=True, capture_output=True, check=False).returncode == 0
+    silent = subprocess.run(f"{command} nowhere.toml 2>&-", shell=True, capture_output=True, text=True, check=False)
+    assert (silent.returncode, silent.stdout) == (2, "")
 
 
 def test_a_fault_of_nmoe_is_not_dressed_up(monkeypatch):
