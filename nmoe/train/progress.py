@@ -1,8 +1,9 @@
 """What a person sees of a run: one line that renews itself on a terminal, plain lines elsewhere.
 
-    step   120/640   18.8%   0.98M tokens   loss 1.872   2.70 bits/byte   10.4k tok/s   ETA 3m12s (14:05:11)
+    step  120/640   18.8%  loss 1.8720  2.700 bits/byte  ETA 3m12s (14:05:11)  10.4k tok/s   0.98M tokens
 
-All of it goes to stderr; stdout is for results.
+What matters most stands first: a terminal narrower than the line cuts its end off. All of it goes to
+stderr; stdout is for results.
 """
 
 import sys
@@ -63,9 +64,9 @@ class Progress:
         width = len(str(self.total_steps))
         share = 100.0 * min(tokens_seen / self.total_tokens, 1.0)
         text = (
-            f"step {step:>{width}}/{self.total_steps}  {share:5.1f}%  {count(tokens_seen):>6} tokens  "
-            f"loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  {count(rate.tokens_per_second):>5} tok/s  "
-            f"ETA {duration(eta)} ({finish(eta)})"
+            f"step {step:>{width}}/{self.total_steps}  {share:5.1f}%  loss {loss:.4f}  {bits_per_byte:.3f} bits/byte  "
+            f"ETA {duration(eta)} ({finish(eta)})  {count(rate.tokens_per_second):>5} tok/s  "
+            f"{count(tokens_seen):>6} tokens"
         )
         if self.live:
             self._renew(text)

@@ -32,7 +32,8 @@ def test_a_run_and_its_repetition(tmp_path, capfd):
     assert lines[0].startswith("tiny.toml: plan ")
     assert "20 steps of 64 tokens" in lines[0]
     assert lines[1] == f"starting in {tmp_path}/run, attempt 1"
-    assert lines[2].startswith("step  1/20    5.0%      64 tokens  loss 5.")
+    assert lines[2].startswith("step  1/20    5.0%  loss 5.")
+    assert lines[2].endswith("    64 tokens")
     assert "seed = 7" in (tmp_path / "run" / "resolved.toml").read_text()
     assert (tmp_path / "run" / "config.toml").read_text() == Path(TINY).read_text()
 

@@ -53,6 +53,7 @@ def test_a_terminal_shows_one_line_that_never_wraps(columns, monkeypatch):
     shown = text.removeprefix("starting\r\n").split("\r\x1b[2K")[1:]
     assert [re.match(r"step  (\d)/20", line)[1] for line in shown] == ["1", "2", "3"]
     assert max(len(line.rstrip("\r\n")) for line in shown) < columns
+    assert all("loss 5.2500" in line for line in shown), "what matters most is what a narrow one shows"
     assert shown[-1].endswith("\r\n"), "the last line stays"
 
 
