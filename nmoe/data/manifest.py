@@ -128,7 +128,8 @@ def read_manifest(path: Path) -> Manifest:
     except OSError as error:
         inside = [split for split in ("train", "heldout") if (path.parent / split / path.name).is_file()]
         hint = f"name its part: {path.parent / inside[0]}" if inside else "make one with `nmoe data prepare`"
-        raise fail("N0240", f"no shards here: {(error.strerror or str(error)).lower()}", place=str(path), help=hint) from error
+        cause = (error.strerror or str(error)).lower()
+        raise fail("N0240", f"no shards here: {cause}", place=str(path), help=hint) from error
     if len(content) > MAX_MANIFEST_BYTES:
         raise invalid(path, "it is larger than 256 MiB")
     try:
