@@ -89,6 +89,7 @@ def test_interrupted_says_so(tmp_path):
     (tmp_path / "in.txt").write_text("text")
     code = (
         "import nmoe.data.documents as d, signal\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job has it ignored
         "def stop(*_): signal.raise_signal(signal.SIGINT)\n"
         "d._parts = stop\n"
         "from nmoe.cli.main import main\n"
