@@ -1,0 +1,139 @@
+"""What a plan's training step takes: tokens a second, and where the device's time goes.
+
+`python -m nmoe.bench.step CONFIG... [--set KEY=VALUE] [--steps N] [--json] [--trace DIRECTORY]` resolves each config,
+takes N steps through nmoe.train.step on the plan's target after three to warm up, and profiles one more. A plan that
+reads prepared shards is given the packaged text, as in nmoe.bench.memory.
+
+    seconds       median of the steps' wall time, from the batch to the routers' biases
+    tokens/s      the step's tokens over it; mfu: the plan's FLOPs over it and the dense bf16 product of this run
+    busy          of the profiled step: the part of its wall time in which some kernel ran
+    kernels       by name: milliseconds of the profiled step, launches, share of all kernels' time
+
+--trace writes the profiled step as a trace that Perfetto opens, CONFIG.json.gz.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from nmoe import platform
+from nmoe.bench.memory import with_data
+from nmoe.bench.moe import milliseconds
+from nmoe.errors import NmoeError
+from nmoe.graph import TrainingGraph, build
+from nmoe.plan.plan import Plan
+from nmoe.plan.resolve import resolve
+from nmoe.train.loop import require_runnable
+from nmoe.train.step import run_step
+
+WARM_UP = 3
+
+
+def take(graph: TrainingGraph, plan: Plan, step: int) -> float:
+    """One step, as the loop takes it; its seconds."""
+    if graph.device.type != "cpu":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    seen = step * plan.tokens_per_step
+    run_step(graph, graph.loader.batch(step), step=step, tokens_seen=seen, observe=lambda step, phase: None)
+    for _, router in graph.routers():
+        router.end_step(seen)
+    if graph.device.type != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def dense() -> float:
+    """FLOPs a second of a bf16 product of 8192^3 on this device."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2e3 * 8192**3 / milliseconds(lambda: torch.mm(a, b.T))
+
+
+def kernels(found: profile) -> tuple[dict[str, tuple[float, int]], float]:
+    """Milliseconds and launches of each kernel, the longest first, and milliseconds in which any ran."""
+    events = [e for e in found.events() or () if e.device_type == DeviceType.CUDA]
+    by_name: dict[str, tuple[float, int]] = {}
+    for event in events:
+        spent, count = by_name.get(event.name, (0.0, 0))
+        by_name[event.name] = (spent + event.time_range.elapsed_us() / 1e3, count + 1)
+    busy, until = 0.0, 0.0
+    for event in sorted(events, key=lambda e: e.time_range.start):
+        busy += max(0.0, event.time_range.end - max(until, event.time_range.start))
+        until = max(until, event.time_range.end)
+    return dict(sorted(by_name.items(), key=lambda item: -item[1][0])), busy / 1e3
+
+
+def measure(plan: Plan, steps: int, trace: Path | None) -> dict[str, Any]:
+    """See the module. Raises what a training of the plan would."""
+    require_runnable(plan)
+    platform.require(plan.config.platform.target, plan.config.platform.threads)
+    graph = build(plan)
+    for step in range(1, WARM_UP + 1):
+        take(graph, plan, step)
+    seconds = [take(graph, plan, WARM_UP + 1 + step) for step in range(steps)]
+    median = statistics.median(seconds)
+    row: dict[str, Any] = {
+        "config": plan.name,
+        "seconds": median,
+        "least and most": [min(seconds), max(seconds)],
+        "tokens/s": plan.tokens_per_step / median,
+    }
+    if graph.device.type == "cpu":
+        return row
+    row["device"] = torch.cuda.get_device_name()
+    row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        profiled = take(graph, plan, WARM_UP + steps + 1)
+    if trace is not None:
+        found.export_chrome_trace(str(trace / f"{plan.name}.json.gz"))
+    row["profiled seconds"] = profiled
+    row["kernels"], busy = kernels(found)
+    row["busy"] = busy / 1e3 / profiled
+    row["dense TFLOP/s"] = dense() / 1e12
+    row["mfu"] = plan.flops_per_token * row["tokens/s"] / 1e12 / row["dense TFLOP/s"]
+    return row
+
+
+def show(row: dict[str, Any], names: int = 40) -> None:
+    """For people."""
+    found = row.pop("kernels", {})
+    print(", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
+                    for key, value in row.items()), flush=True)  # fmt: skip
+    total = sum(spent for spent, _ in found.values())
+    for name, (spent, count) in list(found.items())[:names]:
+        print(f"  {spent:9.3f} ms {spent / total:6.1%} {count:6d}  {name[:110]}")
+    if found:
+        print(f"  {total:9.3f} ms in {sum(count for _, count in found.values())} launches", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", metavar="CONFIG")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--json", action="store_true", help="one JSON object a config")
+    parser.add_argument("--trace", type=Path, default=None, metavar="DIRECTORY")
+    arguments = parser.parse_args()
+    for config in arguments.configs:
+        try:
+            row = measure(with_data(resolve(config, arguments.sets)), arguments.steps, arguments.trace)
+        except NmoeError as error:
+            sys.exit(str(error))
+        if arguments.json:
+            print(json.dumps(row), flush=True)
+        else:
+            show(row)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
