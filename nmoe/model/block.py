@@ -41,8 +41,8 @@ class Block(torch.nn.Module):
     def forward(self, x_BSD: Tensor, first_BS: Tensor | None = None) -> Tensor:
         """x_BSD: (B, S, D), the residual stream; the same shape and dtype. first_BS: each query's first key."""
         if self.recompute == "attention":
-            x_BSD = x_BSD + again(self.attended, x_BSD, first_BS)
-            return x_BSD + self.ffn(self.ffn_norm(x_BSD))
+            x_BSD, normed_BSD = self.ffn_norm.after(x_BSD, again(self.attended, x_BSD, first_BS))
+            return x_BSD + self.ffn(normed_BSD)
         if self.recompute == "layer" and self.mlp is not None:
             return again(self.whole, x_BSD, first_BS)
         if self.recompute == "layer":
@@ -57,8 +57,7 @@ class Block(torch.nn.Module):
 
     def first_half(self, x_BSD: Tensor, first_BS: Tensor | None) -> tuple[Tensor, Tensor]:
         """h = x + attention(norm(x)), and norm(h)."""
-        x_BSD = x_BSD + self.attended(x_BSD, first_BS)
-        return x_BSD, self.ffn_norm(x_BSD)
+        return self.ffn_norm.after(x_BSD, self.attended(x_BSD, first_BS))
 
     def whole(self, x_BSD: Tensor, first_BS: Tensor | None) -> Tensor:
         """The layer, keeping what backward needs."""

@@ -5,7 +5,8 @@ from seven elementwise steps reads and writes x that many times; with r = 1 / sq
 
     dx = r * (w dy) - x * r^3 / D * <dy x, w>        dw = sum over rows of r dy x
 
-Both sums are products of dy*x with a vector, in the one order of the product at this shape.
+Both sums are products of dy*x with a vector, in the one order of the product at this shape. On a GPU all this is
+`nmoe.kernels.rms_norm`'s, which makes the residual sum before a norm in the same pass.
 """
 
 from typing import Any
@@ -43,5 +44,18 @@ class RmsNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., D); the same shape and dtype."""
+        if x.device.type != "cpu":
+            from nmoe.kernels.rms_norm import rms_norm
+
+            return rms_norm(x, self.weight_D, self.eps)
         y: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), self.weight_D, self.eps)
         return y.view(x.shape)
+
+    def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and its norm; x, y: (..., D), one dtype."""
+        if x.device.type != "cpu":
+            from nmoe.kernels.rms_norm import add_rms_norm
+
+            return add_rms_norm(x, y, self.weight_D, self.eps)
+        s = x + y
+        return s, self(s)
