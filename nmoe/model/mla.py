@@ -8,6 +8,9 @@ key are [without position | rotary], pairs interleaved as in DeepSeek's code:
 
 Queries come from x, or through a norm from a compression of q_lora_rank. Scores are scaled by
 (qk_nope_head_dim + qk_rope_head_dim)^(-1/2), and by `score_factor` where positions are stretched.
+
+On a GPU a pass of `nmoe.kernels.rope` each makes queries and keys out of the projections, head by head within a
+token; the attention kernels read them, and the values where the projection left them, as they lie.
 """
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from nmoe.model.attention import attend
 from nmoe.model.linear import Linear
 from nmoe.model.norm import RmsNorm
-from nmoe.model.rope import Yarn, rotate_interleaved
+from nmoe.model.rope import Yarn, rotate_interleaved, table
 
 
 class Mla(torch.nn.Module):
@@ -66,17 +69,34 @@ class Mla(torch.nn.Module):
             q_BSX = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
         else:
             q_BSX = self.q_proj(x_BSD)
-        q_nope_BSHQ, q_rope_BSHR = q_BSX.unflatten(-1, heads).split(self.query_sizes, dim=-1)
+        q_BSHX = q_BSX.unflatten(-1, heads)
         latent_BSC, k_rope_BSR = self.kv_a_proj(x_BSD).split(self.latent_sizes, dim=-1)
         kv_BSHX = self.kv_b_proj(self.kv_a_norm(latent_BSC)).unflatten(-1, heads)
+        if x_BSD.device.type == "cpu":
+            q_BHSQ, k_BHSQ, v_BHSV = self.turned(q_BSHX, kv_BSHX, k_rope_BSR)
+        else:
+            q_BHSQ, k_BHSQ, v_BHSV = self.turned_on_gpu(q_BSHX, kv_BSHX, k_rope_BSR)
+        y_BHSV = attend(q_BHSQ, k_BHSQ, v_BHSV, self.window, first_BS, self.sink_H, self.score_scale)
+        y: Tensor = self.o_proj(y_BHSV.transpose(1, 2).flatten(2))
+        return y
+
+    def turned(self, q_BSHX: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, (B, H, S, _), out of the projections."""
+        q_nope_BSHQ, q_rope_BSHR = q_BSHX.split(self.query_sizes, dim=-1)
         k_nope_BSHQ, v_BSHV = kv_BSHX.split(self.key_value_sizes, dim=-1)
         q_rope_BSHR = rotate_interleaved(q_rope_BSHR, self.rope_theta, self.rope_scaling)
         k_rope_BS1R = rotate_interleaved(k_rope_BSR[:, :, None], self.rope_theta, self.rope_scaling)
         q_BHSQ = by_head(q_nope_BSHQ, q_rope_BSHR)
-        k_BHSQ = by_head(k_nope_BSHQ, k_rope_BS1R.expand(q_rope_BSHR.shape))
-        y_BHSV = attend(q_BHSQ, k_BHSQ, by_head(v_BSHV), self.window, first_BS, self.sink_H, self.score_scale)
-        y: Tensor = self.o_proj(y_BHSV.transpose(1, 2).flatten(2))
-        return y
+        return q_BHSQ, by_head(k_nope_BSHQ, k_rope_BS1R.expand(q_rope_BSHR.shape)), by_head(v_BSHV)
+
+    def turned_on_gpu(self, q_BSHX: Tensor, kv_BSHX: Tensor, k_rope_BSR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`turned`, as views of (B, S, H, _)."""
+        from nmoe.kernels.rope import mla_keys, rope
+
+        table_SJ = table(q_BSHX.shape[1], self.query_sizes[1], self.rope_theta, self.rope_scaling, q_BSHX.device)
+        k_BSHQ, v_BSHV = mla_keys(kv_BSHX, k_rope_BSR, table_SJ, self.key_value_sizes[1])
+        q_BSHQ = rope(q_BSHX, table_SJ, interleaved=True)
+        return q_BSHQ.transpose(1, 2), k_BSHQ.transpose(1, 2), v_BSHV.transpose(1, 2)
 
 
 def by_head(*parts_BSHX: Tensor) -> Tensor:

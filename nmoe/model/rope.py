@@ -16,7 +16,7 @@ pair, as in the authors' code and every published model; the paper writes it lin
 
 The rotation of interleaved pairs is a complex product, whose gradient is the product with the
 conjugate. Angles are computed in float64 and rounded once to float32 cosines and sines; the
-rotation is float32.
+rotation is float32. On a GPU both are `nmoe.kernels.rope`'s.
 """
 
 import functools
@@ -103,5 +103,10 @@ def turn_halves(x_BSHR: Tensor, cos_SJ: Tensor, sin_SJ: Tensor) -> Tensor:
 
 def rotate_halves(x_BSHR: Tensor, theta: float, scaling: Yarn | None = None) -> Tensor:
     """x_BSHR: (B, S, H, R), position s along S; R even. Returns its shape and dtype."""
-    y: Tensor = _Halves.apply(x_BSHR, table(x_BSHR.shape[1], x_BSHR.shape[3], theta, scaling, x_BSHR.device))
+    table_SJ = table(x_BSHR.shape[1], x_BSHR.shape[3], theta, scaling, x_BSHR.device)
+    if x_BSHR.device.type != "cpu":
+        from nmoe.kernels.rope import rope
+
+        return rope(x_BSHR, table_SJ, interleaved=False)
+    y: Tensor = _Halves.apply(x_BSHR, table_SJ)
     return y
