@@ -22,21 +22,18 @@ def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def operand(x: Tensor) -> Tensor:
-    """x as its device's products read it: what several products share is then widened once, not in each."""
-    return x.float() if x.device.type == "cpu" else x
+    """x as the CPU's products read it: what several products share is then widened once, not in each."""
+    return x.float()
 
 
 def into(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    """out = a b, as `product` in out's dtype."""
-    if out_MN.device.type == "cpu" and out_MN.dtype == torch.float32:
+    """out = a b on the CPU, as `product` in out's dtype."""
+    if out_MN.dtype == torch.float32:
         torch.mm(a_MK.float(), b_KN.float(), out=out_MN)
     else:
         out_MN.copy_(product(a_MK, b_KN, out_MN.dtype))
 
 
 def accumulate(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
-    """out += a b, for float32 out."""
-    if out_MN.device.type == "cpu":
-        out_MN.addmm_(a_MK.float(), b_KN.float())
-    else:
-        out_MN.add_(product(a_MK, b_KN, torch.float32))
+    """out += a b on the CPU, for float32 out."""
+    out_MN.addmm_(a_MK.float(), b_KN.float())

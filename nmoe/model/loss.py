@@ -9,7 +9,8 @@ probabilities are at hand,
     dh_t = W^T (p_t - onehot)       dW = sum over chunks, in order, of (p - onehot)^T h
 
 and backward only scales them by the loss's own gradient. Logits, probabilities, both gradients and
-the chain over chunks are float32; p - onehot is rounded to what the device's products read.
+the chain over chunks are float32; p - onehot is rounded to what the device's products read. On a GPU all this is
+`nmoe.kernels.cross_entropy`'s, with one kernel between the products.
 """
 
 from typing import Any
@@ -18,6 +19,18 @@ import torch
 from torch import Tensor
 
 from nmoe.experts.product import accumulate, into, operand, product
+
+CHUNK_TOKENS = 1024
+"""On the CPU."""
+
+
+def chunk_of(w_VD: Tensor) -> int:
+    """Tokens of a chunk in training: what a device works through well, of a vocabulary's size."""
+    if w_VD.device.type == "cpu":
+        return CHUNK_TOKENS
+    from nmoe.kernels.launch import loss_chunk
+
+    return loss_chunk(w_VD.shape[0])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -58,6 +71,10 @@ def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, *, chunk
     h_TD: (T, D); w_VD: (V, D), the same dtype; targets_T: (T,) int64, 0 <= target < V.
     The gradient of w is float32.
     """
+    if h_TD.device.type != "cpu":
+        from nmoe.kernels import cross_entropy as kernels
+
+        return kernels.linear_cross_entropy(h_TD, w_VD, targets_T, chunk_tokens=chunk_tokens)
     if not torch.is_grad_enabled():
         return total(token_losses(h_TD, w_VD, targets_T, chunk_tokens=chunk_tokens))
     loss: Tensor = _LinearCrossEntropy.apply(h_TD, w_VD, targets_T, chunk_tokens)
@@ -67,6 +84,10 @@ def linear_cross_entropy(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, *, chunk
 @torch.no_grad()
 def token_losses(h_TD: Tensor, w_VD: Tensor, targets_T: Tensor, *, chunk_tokens: int) -> Tensor:
     """-log p(target) of each token, in nats: (T,) float32, without gradient; arguments as above."""
+    if h_TD.device.type != "cpu":
+        from nmoe.kernels import cross_entropy as kernels
+
+        return kernels.token_losses(h_TD, w_VD, targets_T, chunk_tokens=chunk_tokens)
     losses = [
         torch.log_softmax(product(h_CD, w_VD.t(), torch.float32), dim=1).gather(1, target_C[:, None])[:, 0].neg_()
         for h_CD, target_C in zip(h_TD.split(chunk_tokens), targets_T.split(chunk_tokens), strict=True)

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), on torch's fused kernel.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), on torch's fused kernel, or on a GPU on `nmoe.kernels.adamw`.
 
 With g the scaled gradient, t the step from 1, r the rate:
 
@@ -11,14 +11,22 @@ An element's bits must not depend on where it lies, or rows could not be dealt o
 CPU kernel works in vectors with fused multiply-adds and finishes a tensor's last few elements with
 plain multiplies and adds, which round otherwise. Those last elements therefore go through the same
 kernel in a padded copy: every element takes the vector path. (16 lanes cover every vector width.)
+
+On a GPU one launch updates float32 state and writes the weights; state that is rounded stochastically, whose noise is
+the CPU's, goes through torch's kernel there too.
 """
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
+from nmoe.optim import norm
 from nmoe.optim.groups import Group
 from nmoe.optim.rounding import BLOCK, Rounding
+
+if TYPE_CHECKING:
+    from nmoe.kernels.adamw import FusedAdamW
 
 LANES = 16
 """Float32 values in the widest vector."""
@@ -58,6 +66,27 @@ class AdamW(Group):
         self.eps = eps
         self.exp_avg = {logical: torch.zeros_like(master) for logical, master in self.masters.items()}
         self.exp_avg_sq = {logical: torch.zeros_like(master) for logical, master in self.masters.items()}
+        self.fused = self._fused()
+
+    def _fused(self) -> "FusedAdamW | None":
+        """The kernel over all tensors; None where torch's does the work."""
+        on_gpu = any(master.device.type != "cpu" for master in self.masters.values())
+        if self.state_dtype != torch.float32 or not on_gpu:
+            return None
+        from nmoe.kernels.adamw import FusedAdamW, State
+
+        return FusedAdamW(
+            [
+                State(
+                    self.masters[name],
+                    self.exp_avg[name],
+                    self.exp_avg_sq[name],
+                    None if parameter.dtype == torch.float32 else parameter.detach(),
+                    parameter.ndim >= 2,
+                )
+                for name, parameter in self.parameters
+            ]
+        )
 
     def moments(self) -> dict[str, torch.Tensor]:
         return {f"adamw.exp_avg/{logical}": tensor for logical, tensor in self.exp_avg.items()} | {
@@ -66,8 +95,19 @@ class AdamW(Group):
 
     @torch.no_grad()
     def step(self, *, step: int, scale: float, grad_scale: torch.Tensor) -> None:
-        gradients = self.scaled_gradients(grad_scale)
         rate = self.rate(scale)
+        if self.fused is not None:
+            from nmoe.kernels.adamw import factors
+
+            numbers = factors(
+                step=step, rate=rate, beta1=self.beta1, beta2=self.beta2, eps=self.eps, weight_decay=self.weight_decay
+            )
+            gradients = [norm.gradient(name, parameter) for name, parameter in self.parameters]
+            # The step has been found good before this is called: zero is the verdict that lets it be written.
+            good = torch.zeros((), dtype=torch.int32, device=grad_scale.device)
+            self.fused.step(gradients, numbers, scale=grad_scale, verdict=good)
+            return
+        gradients = self.scaled_gradients(grad_scale)
         if self.state_dtype == torch.float32:
             for decays in (True, False):
                 quads: list[Quad] = [

@@ -18,11 +18,11 @@ batched products (cut into pieces of a bounded size). A product's bits for one m
 the others of its batch, so any split of the matrices over ranks gives the same weights. On the CPU
 that takes a batch of at least as many matrices as threads: MKL gives each thread whole matrices of
 such a batch, and divides the matrices of a smaller one. The norm of a matrix is added over its rows
-in a fixed order for the same reason.
+in a fixed order for the same reason. A GPU iterates in bfloat16 with the kernels of `nmoe.kernels.newton_schulz`.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -112,7 +112,7 @@ class Muon(Group):
                 out = x_NAB[place : place + stop - start]
                 out.copy_(part if part.shape[-2:] == out.shape[-2:] else part.mT)
                 place += stop - start
-            x_NAB = orthogonalize(
+            x_NAB = self.iteration(x_NAB)(
                 x_NAB, steps=self.ns_steps, coefficients=self.ns_coefficients, dtype=self.ns_dtype, eps=self.eps
             )
             place = 0
@@ -125,6 +125,14 @@ class Muon(Group):
                 self._keep(kept, moved, start, f"master/{logical}", update)
                 place += stop - start
         self.refresh()
+
+    def iteration(self, x_NAB: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """`orthogonalize`, or the kernels of that name where they are."""
+        if x_NAB.device.type == "cpu" or self.ns_dtype != torch.bfloat16:
+            return orthogonalize
+        from nmoe.kernels import newton_schulz
+
+        return newton_schulz.orthogonalize
 
     def _keep(self, kept: torch.Tensor, moved: torch.Tensor, start: int, name: str, update: int) -> None:
         """Writes float32 matrices from number `start` on back into bfloat16 state; float32 state is them already."""

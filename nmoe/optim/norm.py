@@ -6,7 +6,8 @@ to ranks, the sums of the rows are the same numbers, and so is the norm. The err
 row's float32 sum, about 1e-7, whatever the size of the model.
 
 Long vectors of rows are added in fixed blocks of 1024, block sums after that: a plain sum of a long
-vector is cut by the number of threads.
+vector is cut by the number of threads. On a GPU `nmoe.kernels.grad_norm` adds in the same blocks; within a row and a
+block its order is its own.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,9 +22,6 @@ BLOCK = 1024
 
 ROWS_AT_ONCE = 1 << 18
 """Elements squared at a time, so that the squares stay in the CPU's cache; a row is never cut."""
-
-ROWS_AT_ONCE_ON_A_GPU = 1 << 26
-"""A GPU's squares take 256 MiB then, and its launches are few."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -58,8 +56,7 @@ def gradient(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
 def row_sums(gradient: torch.Tensor) -> torch.Tensor:
     """Sum of squares of each row: float32, shape (rows,), rows in the order of memory."""
     rows_RD = gradient.reshape(-1, gradient.shape[-1]) if gradient.ndim > 1 else gradient.reshape(1, -1)
-    most = ROWS_AT_ONCE if gradient.device.type == "cpu" else ROWS_AT_ONCE_ON_A_GPU
-    step = max(1, most // max(1, rows_RD.shape[1]))
+    step = max(1, ROWS_AT_ONCE // max(1, rows_RD.shape[1]))
     return torch.cat([part.square().sum(-1) for part in rows_RD.split(step)])
 
 

@@ -23,12 +23,10 @@ import torch
 from nmoe.data.loader import TokenBatch
 from nmoe.errors import fail
 from nmoe.graph import TrainingGraph
-from nmoe.model.loss import linear_cross_entropy
+from nmoe.model.loss import chunk_of, linear_cross_entropy
 from nmoe.optim import norm
 
 Observer = Callable[[int, str], None]
-
-LOSS_CHUNK_TOKENS = 1024
 
 
 @attrs.frozen(kw_only=True)
@@ -63,15 +61,15 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     graph.model.train()
     share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
     losses = []
+    head_VD = graph.model.head.weight_VD
     forward_seconds = 0.0
     tensors = [t.to(graph.device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)]
     for input_ids_BS, targets_BS, document_ids_BS in zip(*(t.split(graph.microbatch) for t in tensors), strict=True):
         before = time.perf_counter()
         observe(step, "forward")
         h_TD = graph.model(input_ids_BS, document_ids_BS if graph.document_mask else None)
-        loss_sum = linear_cross_entropy(
-            h_TD, graph.model.head.weight_VD, targets_BS.reshape(-1), chunk_tokens=LOSS_CHUNK_TOKENS
-        )
+        targets_T = targets_BS.reshape(-1)
+        loss_sum = linear_cross_entropy(h_TD, head_VD, targets_T, chunk_tokens=chunk_of(head_VD))
         forward_seconds += time.perf_counter() - before
         observe(step, "backward")
         loss_sum.backward(gradient=share)
@@ -81,7 +79,7 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     before = time.perf_counter()
     nats = [value.item() for value in losses]
     members = graph.optimizer.members()
-    norms = norm.squared_norms(members)
+    norms = graph.optimizer.squared_norms()
     total = norms.total.sqrt().item()
     for index, value in enumerate(nats):
         if not math.isfinite(value):
