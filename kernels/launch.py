@@ -107,6 +107,10 @@ class TokensLaunch(NamedTuple):
 ROPE_LAUNCH = TokensLaunch(16, 4)
 
 
+ROUTER_EXPERTS, ROUTER_CHOSEN = 256, 16
+"""Most experts, and most of them for a token, that the router's kernel holds in registers."""
+
+
 class LossLaunch(NamedTuple):
     """One program a row of logits, `block` logits at a time."""
 

@@ -7,6 +7,7 @@ sent again, through pinned memory, without a wait.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,9 +15,8 @@ from torch import Tensor
 
 def pieces(counts: Sequence[int], device: torch.device) -> tuple[Tensor, list[int]]:
     """owner_P (int32, on the device) and first of each tensor, for tensors of so many pieces each."""
-    count_N = torch.tensor(list(counts), dtype=torch.int64)
-    owner_P = torch.repeat_interleave(torch.arange(len(count_N), dtype=torch.int32), count_N)
-    return owner_P.to(device), (count_N.cumsum(0) - count_N).tolist()
+    owner_P = torch.tensor([n for n, count in enumerate(counts) for _ in range(count)], dtype=torch.int32)
+    return owner_P.to(device), [0, *accumulate(counts)][:-1]
 
 
 def rows(values: Sequence[Sequence[int]], device: torch.device) -> Tensor:

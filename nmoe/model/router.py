@@ -20,7 +20,8 @@ Softmax (Qwen3, arXiv 2505.09388; Mixtral, arXiv 2401.04088):
 
 Renormalised, that is the softmax over the chosen scores alone, which is how Mixtral's paper has it.
 
-Training forwards count the pairs each expert got. `end_step` moves each bias by a fixed amount
+Training forwards count the pairs each expert got: here on the CPU; on a GPU the MoE layer reads them off the layout,
+since counting them again would take a wait. `end_step` moves each bias by a fixed amount
 towards the mean load, where there is one, and forgets the counts. Where a training has balance
 losses (`nmoe.model.balance`), their gradient joins that of the logits here.
 """
@@ -28,6 +29,7 @@ losses (`nmoe.model.balance`), their gradient joins that of the logits here.
 import torch
 from torch import Tensor
 
+from nmoe.kernels.launch import ROUTER_CHOSEN, ROUTER_EXPERTS
 from nmoe.model.balance import Balance
 from nmoe.model.linear import linear
 
@@ -52,7 +54,7 @@ class Router(torch.nn.Module):
         self.register_buffer("load_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """x_TD: (T, D). Returns indices_TK int64, the best first, and weights_TK float32.
+        """x_TD: (T, D). Returns indices_TK int64 (int32 from a kernel), the best first, and weights_TK float32.
 
         In training mode load_E grows by each expert's pairs, and the gradient of the balance losses is added.
         """
@@ -63,7 +65,7 @@ class Router(torch.nn.Module):
         return {} if self.balance is None else self.balance.means()
 
     def count(self, indices_TK: Tensor) -> None:
-        if self.training:
+        if self.training and indices_TK.device.type == "cpu":
             self.load_E += torch.bincount(indices_TK.view(-1), minlength=self.load_E.numel())
 
     @torch.no_grad()
@@ -125,6 +127,10 @@ class SigmoidRouter(Router):
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
         """As `Router.forward`; the best are those of the largest s + b."""
+        if self.in_one_pass(x_TD):
+            from nmoe.kernels.router import sigmoid_route
+
+            return sigmoid_route(x_TD, self.weight_ED, self.bias_E, self.top_k, self.route_scale)
         logits_TE = linear(x_TD, self.weight_ED, torch.float32)
         score_TE = torch.sigmoid(logits_TE)
         indices_TK = select(self.eligible(score_TE.detach() + self.bias_E), self.top_k)
@@ -135,6 +141,12 @@ class SigmoidRouter(Router):
             weights_TK = self.balance.inject(weights_TK, logits_TE, score_TE.detach(), best_TK)
         self.count(indices_TK)
         return indices_TK, weights_TK
+
+    def in_one_pass(self, x_TD: Tensor) -> bool:
+        """Whether `nmoe.kernels.router` does all of it: on a GPU, without groups and balance losses, at its sizes."""
+        if x_TD.device.type == "cpu" or self.top_groups < self.num_groups or self.balance is not None:
+            return False
+        return self.weight_ED.shape[0] <= ROUTER_EXPERTS and self.top_k <= ROUTER_CHOSEN
 
     def eligible(self, biased_TE: Tensor) -> Tensor:
         """s + b, and -inf for the experts of groups that are not among the best."""
