@@ -6,7 +6,7 @@ from typing import ClassVar
 import attrs
 
 from nmoe.registry.component import Component, Parameter, Problem, divisible, key, section
-from nmoe.registry.hopper import QUERY_WIDTHS, VALUE_WIDTHS, head_problems, width_problems
+from nmoe.registry.hopper import QUERY_WIDTHS, VALUE_WIDTHS, head_problems, norm_problems, width_problems
 from nmoe.registry.rope import Yarn
 
 # Queries, and heads of one sequence after the other, of a block of the cpu target (nmoe.model.attention).
@@ -99,9 +99,10 @@ class Attention(Component):
 
 
 def attention_working_bytes(
-    batch, heads: int, widths: tuple[int, int, int], window: int | None, element: int, target: str
+    batch, heads: int, widths: tuple[int, int, int], projected: int, window: int | None, element: int, target: str
 ) -> int:
-    """Bytes of the gradients of q, k, v (their widths) and of the output, as wide as the larger of q and v.
+    """Bytes of the gradients of q, k, v (their widths) and of the output, as wide as the larger of q and v, or after
+    it of a projection of keys and values of the width `projected`.
 
     Kernels: also two float32 for each query of each head. CPU: the gradients of keys and values in float32
     before they are rounded, and for a block of queries and heads the scores and probabilities, while those of
@@ -110,7 +111,7 @@ def attention_working_bytes(
     q, k, v = widths
     length = batch.sequence_length
     tokens = batch.microbatch * length
-    gradients = tokens * (q + k + v + max(q, v)) * element
+    gradients = tokens * (q + k + v + max(q, v, projected)) * element
     if target != "cpu":
         return gradients + tokens * heads * 8
     keys = length if window is None else min(length, window + CPU_QUERIES)
@@ -138,6 +139,11 @@ class Mla(Attention):
         whole = "a head's query, qk_nope_head_dim + qk_rope_head_dim,"
         yield from width_problems(config, f"{path}.qk_nope_head_dim", self.qk_head_dim, QUERY_WIDTHS, whole)
         yield from width_problems(config, f"{path}.v_head_dim", self.v_head_dim, VALUE_WIDTHS, "a head's value")
+        for name in ("q_lora_rank", "kv_lora_rank"):
+            yield from norm_problems(config, f"{path}.{name}", getattr(self, name) or 0, name)
+        if config.platform.target == "sm_90a":  # a head's value is read behind the part of its key
+            name, copied = "qk_nope_head_dim", "the elements of a 16-byte copy"
+            yield from divisible(f"{path}.{name}", self.qk_nope_head_dim, name, 8, copied)
 
     @property
     def qk_head_dim(self) -> int:
@@ -153,18 +159,23 @@ class Mla(Attention):
         return self.num_heads * (self.qk_head_dim + self.v_head_dim)
 
     def saved_bytes(self, element: int, target: str) -> int:
-        """Compressed and full queries, keys and values, and the output; a float32 for each norm of a compression."""
+        """Compressed and full queries, keys and values, and the output; a float32 for each norm of a compression.
+
+        The kernels read the values in the projection, which is kept with its part of the keys, and keep the output
+        by head and a float32 for each head.
+        """
         queries = (self.q_lora_rank or 0) * 2 + self.num_heads * self.qk_head_dim
         keys = self.kv_lora_rank * 2 + self.qk_rope_head_dim + self.num_heads * self.qk_head_dim
         values = 2 * self.num_heads * self.v_head_dim
         norms = 4 * (1 if self.q_lora_rank is None else 2)
-        kernel = 0 if target == "cpu" else self.num_heads * (self.v_head_dim * element + 4)
+        kernel = 0 if target == "cpu" else self.num_heads * ((self.v_head_dim + self.qk_nope_head_dim) * element + 4)
         return (queries + keys + values) * element + norms + kernel
 
     def working_bytes(self, batch, window: int | None, element: int, target: str) -> int:
         """See `Attention.working_bytes`."""
         q, v = self.num_heads * self.qk_head_dim, self.num_heads * self.v_head_dim
-        return attention_working_bytes(batch, self.num_heads, (q, q, v), window, element, target)
+        projected = 0 if target == "cpu" else self.num_heads * (self.qk_nope_head_dim + self.v_head_dim)
+        return attention_working_bytes(batch, self.num_heads, (q, q, v), projected, window, element, target)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         heads = self.num_heads
@@ -236,7 +247,7 @@ class Gqa(Attention):
         """See `Attention.working_bytes`."""
         q = self.num_heads * self.head_dim
         kv = q if target == "cpu" else self.num_kv_heads * self.head_dim
-        return attention_working_bytes(batch, self.num_heads, (q, kv, kv), window, element, target)
+        return attention_working_bytes(batch, self.num_heads, (q, kv, kv), 0, window, element, target)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -9,6 +9,8 @@ from nmoe.registry.component import Problem, divisible
 
 QUERY_WIDTHS = (64, 96, 128, 192)
 VALUE_WIDTHS = (64, 96, 128)
+ROUTER_EXPERTS, ROUTER_CHOSEN = 256, 16
+NORM_WIDTH = 16384
 MOST_EXPERTS = 4096
 MOST_CHOSEN = 64
 INDICES = 2**31
@@ -33,6 +35,16 @@ def head_problems(config, path: str, num_heads: int) -> Iterator[Problem]:
             path=path,
             message=f"num_heads = {num_heads} makes {count} statistics of a microbatch, more than 2^31 - 1",
             help="lower microbatch in [batch]",
+        )
+
+
+def norm_problems(config, path: str, width: int, name: str) -> Iterator[Problem]:
+    """A norm over more elements than a program of the kernel holds."""
+    if config.platform.target == "sm_90a" and width > NORM_WIDTH:
+        yield Problem(
+            path=path,
+            message=f"{name} = {width} is more than sm_90a's norm takes",
+            help=f"set {name} to at most {NORM_WIDTH}",
         )
 
 

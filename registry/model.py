@@ -6,6 +6,7 @@ import attrs
 
 from nmoe.registry.attention import Attention
 from nmoe.registry.component import Component, Parameter, Problem, key, section
+from nmoe.registry.hopper import norm_problems
 from nmoe.registry.moe import Moe
 
 
@@ -27,9 +28,9 @@ class Mlp(Component):
         """Bytes of one token kept for backward: gate and up before the activation."""
         return 2 * self.intermediate_size * element
 
-    def working_bytes(self, element: int) -> int:
+    def working_bytes(self, element: int, target: str) -> int:
         """Bytes of one token that backward needs: see `swiglu_working_bytes`."""
-        return swiglu_working_bytes(self.intermediate_size, element)
+        return swiglu_working_bytes(self.intermediate_size, element, target)
 
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         yield from swiglu_parameters(prefix, hidden_size, self.intermediate_size)
@@ -40,12 +41,15 @@ class Mlp(Component):
         return DenseMlp(hidden_size=hidden_size, intermediate_size=self.intermediate_size)
 
 
-def swiglu_working_bytes(width: int, element: int) -> int:
+def swiglu_working_bytes(width: int, element: int, target: str) -> int:
     """Bytes of one row that the backward of a SwiGLU needs at most.
 
-    In float32 the activation and its gradient, sigmoid and silu of the gate; the gradients of gate and up in
-    the model's dtype, and both read as float32 where that is another.
+    CPU: in float32 the activation and its gradient, sigmoid and silu of the gate; the gradients of gate and up in
+    the model's dtype, and both read as float32 where that is another. Kernel: the activation's gradient in float32,
+    the activation and the gradients of gate and up in the model's dtype.
     """
+    if target != "cpu":
+        return width * (4 + 3 * element)
     widened = 2 * 4 if element < 4 else 0
     return width * (4 * 4 + 2 * element + widened)
 
@@ -109,6 +113,7 @@ class Model(Component):
                 message=f"dtype `fp32` is for the cpu target; the plan's is `{config.platform.target}`",
                 help='set dtype = "bf16"',
             )
+        yield from norm_problems(config, f"{path}.hidden_size", self.hidden_size, "hidden_size")
         if self.num_dense_layers > 0 and self.mlp is None:
             yield Problem(
                 path=f"{path}.moe.num_dense_layers" if self.moe else path,

@@ -42,7 +42,7 @@ class Moe(Component):
         Kernels: three int32 a pair. CPU: owner and row of a pair, int64; whether and where the token's row lies.
         """
         pair, token = (4 + 2 * 8, 1 + 8) if target == "cpu" else (4 + 3 * 4, 0)
-        return self.router.saved_bytes + self.router.top_k * pair + token
+        return self.router.saved_bytes(target) + self.router.top_k * pair + token
 
     def saved_bytes(self, element: int, target: str) -> int:
         """Bytes of one token kept for backward: gate and up of each chosen and shared expert.
@@ -62,11 +62,11 @@ class Moe(Component):
         from nmoe.registry.model import swiglu_working_bytes
 
         width, rows = self.experts.intermediate_size, tokens * self.router.top_k
-        shared = tokens * swiglu_working_bytes(self.shared_size, element)
+        shared = tokens * swiglu_working_bytes(self.shared_size, element, target)
         if target != "cpu":
             return max(shared, rows * (hidden_size + 3 * width) * element)
         chunk = max(min(rows, CPU_CHUNK_ROWS), rows // self.router.num_experts)
-        in_chunk = chunk * (2 * hidden_size * element + swiglu_working_bytes(width, element))
+        in_chunk = chunk * (2 * hidden_size * element + swiglu_working_bytes(width, element, target))
         summed = rows * hidden_size * 4 if element < 4 else 0
         return max(shared, rows * hidden_size * element + max(in_chunk, summed))
 

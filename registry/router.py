@@ -6,6 +6,7 @@ from typing import ClassVar
 import attrs
 
 from nmoe.registry.component import Component, Parameter, Problem, divisible, key
+from nmoe.registry.hopper import ROUTER_CHOSEN, ROUTER_EXPERTS
 
 
 @attrs.frozen(kw_only=True)
@@ -28,8 +29,7 @@ class Router(Component):
     def parameters(self, prefix: str, hidden_size: int) -> Iterator[Parameter]:
         yield Parameter(name=f"{prefix}.weight_ED", shape=(self.num_experts, hidden_size), role="router")
 
-    @property
-    def saved_bytes(self) -> int:
+    def saved_bytes(self, target: str) -> int:
         """Bytes of one token kept for backward beside the pairs' weights, in float32 and indices."""
         raise NotImplementedError
 
@@ -100,8 +100,7 @@ class SoftmaxRouter(Router):
         losses = [(coefficient, loss) for coefficient, loss in asked if coefficient is not None]
         return Balance(losses, tokens_per_step=tokens_per_step) if losses else None
 
-    @property
-    def saved_bytes(self) -> int:
+    def saved_bytes(self, target: str) -> int:
         """All scores, the chosen indices, where they are renormalised the chosen scores and their sum; a balance
         loss's gradient of all logits.
         """
@@ -206,11 +205,14 @@ class SigmoidRouter(Router):
         loss = SequenceBalance(sequence_length=sequence_length)
         return Balance([(self.sequence_balance_loss, loss)], tokens_per_step=tokens_per_step)
 
-    @property
-    def saved_bytes(self) -> int:
+    def saved_bytes(self, target: str) -> int:
         """All scores, the chosen scores and indices, 1 / sum and the factor on the chosen ones; a balance loss's
-        gradient of all logits.
+        gradient of all logits. Kernel: the chosen scores and int32 indices.
         """
+        at_its_sizes = self.num_experts <= ROUTER_EXPERTS and self.top_k <= ROUTER_CHOSEN
+        whole = self.top_groups == self.num_groups and self.sequence_balance_loss is None
+        if target != "cpu" and at_its_sizes and whole:
+            return 8 * self.top_k
         balanced = 4 * self.num_experts if self.sequence_balance_loss is not None else 0
         return 4 * self.num_experts + 12 * self.top_k + 8 + balanced
 

@@ -1,10 +1,11 @@
 """What a plan's training step takes: tokens a second, and where the device's time goes.
 
 `python -m nmoe.bench.step CONFIG... [--set KEY=VALUE] [--steps N] [--json] [--trace DIRECTORY]` resolves each config,
-takes N steps through nmoe.train.step on the plan's target after three to warm up, and profiles one more. A plan that
-reads prepared shards is given the packaged text, as in nmoe.bench.memory.
+takes N steps through nmoe.train.step on the plan's target after three to warm up, and profiles one more. Tokens are
+drawn evenly from the vocabulary (`--text`: the packaged text in bytes, as in nmoe.bench.memory; its few tokens make
+experts of the first layers very uneven).
 
-    seconds       median of the steps' wall time, from the batch to the routers' biases
+    seconds       median of the steps' wall time, from the batch's arrival to the routers' biases
     tokens/s      the step's tokens over it; mfu: the plan's FLOPs over it and the dense bf16 product of this run
     busy          of the profiled step: the part of its wall time in which some kernel ran
     kernels       by name: milliseconds of the profiled step, launches, share of all kernels' time
@@ -27,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from nmoe import platform
 from nmoe.bench.memory import with_data
 from nmoe.bench.moe import milliseconds
+from nmoe.data.loader import TokenBatch
 from nmoe.errors import NmoeError
 from nmoe.graph import TrainingGraph, build
 from nmoe.plan.plan import Plan
@@ -37,13 +39,25 @@ from nmoe.train.step import run_step
 WARM_UP = 3
 
 
-def take(graph: TrainingGraph, plan: Plan, step: int) -> float:
+def even_batch(plan: Plan, step: int) -> TokenBatch:
+    """A step's batch of tokens drawn evenly from the vocabulary, one document a row."""
+    batch, vocab_size = plan.config.batch, plan.config.model.vocab_size
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, vocab_size, (batch.sequences, batch.sequence_length + 1), generator=generator)
+    return TokenBatch(
+        step=step, input_ids_BS=tokens[:, :-1].contiguous(), targets_BS=tokens[:, 1:].contiguous(),
+        document_ids_BS=torch.zeros_like(tokens[:, 1:]), digest="", num_bytes=tokens[:, 1:].numel(),
+    )  # fmt: skip
+
+
+def take(graph: TrainingGraph, plan: Plan, step: int, text: bool) -> float:
     """One step, as the loop takes it; its seconds."""
+    batch = graph.loader.batch(step) if text else even_batch(plan, step)
     if graph.device.type != "cpu":
         torch.cuda.synchronize()
     started = time.perf_counter()
     seen = step * plan.tokens_per_step
-    run_step(graph, graph.loader.batch(step), step=step, tokens_seen=seen, observe=lambda step, phase: None)
+    run_step(graph, batch, step=step, tokens_seen=seen, observe=lambda step, phase: None)
     for _, router in graph.routers():
         router.end_step(seen)
     if graph.device.type != "cpu":
@@ -71,17 +85,18 @@ def kernels(found: profile) -> tuple[dict[str, tuple[float, int]], float]:
     return dict(sorted(by_name.items(), key=lambda item: -item[1][0])), busy / 1e3
 
 
-def measure(plan: Plan, steps: int, trace: Path | None) -> dict[str, Any]:
+def measure(plan: Plan, steps: int, text: bool, trace: Path | None) -> dict[str, Any]:
     """See the module. Raises what a training of the plan would."""
     require_runnable(plan)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     graph = build(plan)
     for step in range(1, WARM_UP + 1):
-        take(graph, plan, step)
-    seconds = [take(graph, plan, WARM_UP + 1 + step) for step in range(steps)]
+        take(graph, plan, step, text)
+    seconds = [take(graph, plan, WARM_UP + 1 + step, text) for step in range(steps)]
     median = statistics.median(seconds)
     row: dict[str, Any] = {
         "config": plan.name,
+        "tokens": "text" if text else "even",
         "seconds": median,
         "least and most": [min(seconds), max(seconds)],
         "tokens/s": plan.tokens_per_step / median,
@@ -91,7 +106,7 @@ def measure(plan: Plan, steps: int, trace: Path | None) -> dict[str, Any]:
     row["device"] = torch.cuda.get_device_name()
     row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        profiled = take(graph, plan, WARM_UP + steps + 1)
+        profiled = take(graph, plan, WARM_UP + steps + 1, text)
     if trace is not None:
         found.export_chrome_trace(str(trace / f"{plan.name}.json.gz"))
     row["profiled seconds"] = profiled
@@ -119,12 +134,14 @@ def main() -> None:
     parser.add_argument("configs", nargs="+", metavar="CONFIG")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--text", action="store_true", help="train on the packaged text")
     parser.add_argument("--json", action="store_true", help="one JSON object a config")
     parser.add_argument("--trace", type=Path, default=None, metavar="DIRECTORY")
     arguments = parser.parse_args()
     for config in arguments.configs:
         try:
-            row = measure(with_data(resolve(config, arguments.sets)), arguments.steps, arguments.trace)
+            plan = with_data(resolve(config, arguments.sets))
+            row = measure(plan, arguments.steps, arguments.text, arguments.trace)
         except NmoeError as error:
             sys.exit(str(error))
         if arguments.json:

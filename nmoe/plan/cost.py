@@ -41,21 +41,23 @@ always are, and beside them
     loss, forward           none                         all              its two gradients 4 T D + 4 V D, a chunk of
                                                                           C tokens' logits 4 C V; CPU: the head in
                                                                           float32 4 V D where it is not; GPU: the
-                                                                          chunk in bf16 2 C V, its summand 4 V D
-    loss, backward          the head's                   all              4 T D + 4 V D, T D e
+                                                                          chunk's gradient 2 C V
+    loss, backward          the head's                   all              4 T D + 4 V D, T D e; GPU: 8 T D, T D e, since
+                                                                          the head's is the loss's own
     layer, second half      of later layers and of its   of it and        what the half computes again; two gradients
                             MLP or MoE                   those before     of the stream 2 T D e; `working_bytes`
     layer, first half       of later layers and its      of its first     the same for this half
                             own                          half and before
     embedding               all                          none             T D (e + 4), without the 4 in float32
-    norm of the gradients   all                          none             4 * 2^18 on a CPU, 2^26 on a GPU: squares, at
-                                                                          most those of the largest tensor
+    norm of the gradients   all                          none             CPU: squares, 4 * 2^18, at most those of the
+                                                                          largest tensor; GPU: 4 for each row
     optimizer               all                          none             what its largest group needs
 
-with C = min(T, 1024), and in the working set of all of them: the batch, three int64 for each of a step's tokens
-on the rank; the final norm's output T D e, where it is not among the activations; on a GPU two cuBLAS workspaces
-of 32 MiB, for forward's thread and backward's. For M > 1 the second microbatch finds all gradients there: they
-are alive at all moments, and those that a moment makes are in its working set until they are added. A tied
+with C = min(T, 1024), on a GPU the power of two that makes 6 C V at most 1.5 GiB (256 at least), and in the working
+set of all of them: the batch, three int64 for each of a step's tokens on the rank; the final norm's output T D e,
+where it is not among the activations; on a GPU two cuBLAS workspaces of 32 MiB, for forward's thread and
+backward's. For M > 1 the second microbatch finds all gradients there: they are alive at all moments, and those that
+a moment makes are in its working set until they are added; experts add to theirs where they are. A tied
 table's gradient is made by the loss, and waits for the embedding's through all layers.
 
 Of the optimizer, AdamW needs next to nothing: 24 bytes for each of at most 2^16 values that are rounded to
@@ -80,9 +82,10 @@ MOMENTS = {"adamw": 2, "muon": 1}
 
 # What the parts at work are cut into; a test compares these with theirs.
 LOSS_CHUNK_TOKENS = 1024
+LOSS_CHUNK_BYTES = 3 << 29
 ROUNDING_BLOCK = 1 << 16
 MUON_PIECE = 1 << 24
-NORM_VALUES = {"cpu": 1 << 18, "gpu": 1 << 26}
+NORM_VALUES = 1 << 18
 CUBLAS_WORKSPACE = 32 * 2**20
 
 
@@ -161,19 +164,22 @@ def attention_flops(config: Config) -> int:
 class Half:
     """One half of a layer.
 
-    gradients: of its parameters; working: what its backward needs; both in bytes. kept, again: bytes of a
-    token that a forward keeps, and that backward computes again.
+    gradients: of its parameters; made: those that are made before they are added; working: what its backward needs;
+    all in bytes. kept, again: bytes of a token that a forward keeps, and that backward computes again.
     """
 
     name: str
     gradients: int
+    made: int
     kept: int
     again: int
     working: int
 
 
-def halves(config: Config, layer: int, recompute: str, gradients: dict[str, int]) -> tuple[Half, Half]:
-    """The two halves of a layer: attention, and MLP or MoE."""
+def halves(
+    config: Config, layer: int, recompute: str, gradients: dict[str, int], made: dict[str, int]
+) -> tuple[Half, Half]:
+    """The two halves of a layer: attention, and MLP or MoE. gradients, made: bytes by part, as in `Half`."""
     model, target = config.model, config.platform.target
     tokens, element = config.batch.microbatch * config.batch.sequence_length, BYTES[config.model.dtype]
     stream = model.hidden_size * element
@@ -184,7 +190,7 @@ def halves(config: Config, layer: int, recompute: str, gradients: dict[str, int]
     if layer < model.num_dense_layers:
         assert model.mlp is not None
         routing, saved = 0, model.mlp.saved_bytes(element)
-        working = tokens * model.mlp.working_bytes(element)
+        working = tokens * model.mlp.working_bytes(element, target)
     else:
         assert model.moe is not None
         routing, saved = model.moe.routing_bytes(target), model.moe.saved_bytes(element, target)
@@ -205,6 +211,7 @@ def halves(config: Config, layer: int, recompute: str, gradients: dict[str, int]
         Half(
             name=f"backward of layer {layer}, {part}",
             gradients=gradients[f"{layer}.{part}"],
+            made=made[f"{layer}.{part}"],
             kept=kept[i],
             again=again[i],
             working=tokens * 2 * stream + work[i],
@@ -221,6 +228,7 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
     master = 0 if model.dtype == config.optimizer.state_dtype else state
     whole = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     gradients: dict[str, int] = {}
+    made: dict[str, int] = {}
     for parameter in model.parameters():
         elements = size(parameter.shape)
         local, owned = elements, -(-elements // ranks)
@@ -228,11 +236,13 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
             local = owned = elements // ranks_per_node
         count = MOMENTS[kinds[config.optimizer.group_of(parameter)]]
         part = part_of(parameter.name)
-        gradients[part] = gradients.get(part, 0) + local * BYTES[config.optimizer.grad_dtype]
+        gradient = local * BYTES[config.optimizer.grad_dtype]
+        gradients[part] = gradients.get(part, 0) + gradient
+        made[part] = made.get(part, 0) + (0 if parameter.role == "expert" else gradient)
         whole["weights"] += local * element
         whole["optimizer"] += owned * (count * state + master)
     whole["gradients"] = sum(gradients.values())
-    layers = [halves(config, layer, recompute, gradients) for layer in range(model.num_layers)]
+    layers = [halves(config, layer, recompute, gradients, made) for layer in range(model.num_layers)]
     per_token = 2 * model.hidden_size * element + 4 + 8 * batch.document_mask
     whole["activations"] = tokens * (per_token + sum(half.kept for layer in layers for half in layer))
     whole["rdep_buffers"] = rdep_bytes(config, tokens, ranks_per_node)
@@ -270,31 +280,33 @@ def moments(
     model, batch = config.model, config.batch
     tokens, element = batch.microbatch * batch.sequence_length, BYTES[model.dtype]
     stream = tokens * model.hidden_size
-    head, chunk = model.vocab_size * model.hidden_size, min(tokens, LOSS_CHUNK_TOKENS)
+    head, on_cpu = model.vocab_size * model.hidden_size, config.platform.target == "cpu"
+    chunk = min(tokens, LOSS_CHUNK_TOKENS if on_cpu else gpu_loss_chunk(model.vocab_size))
     loss, output = 4 * (stream + head), stream * element
-    logits, summand = 4 * chunk * model.vocab_size, 0
-    if config.platform.target != "cpu":
-        logits, summand = logits // 2 * 3, 4 * head
-    elif element < 4:
-        summand = 4 * head
-    yield "loss, forward", 0, 0, whole["activations"], loss + logits + summand
+    logits, widened_head = (4 if on_cpu else 6) * chunk * model.vocab_size, 4 * head if on_cpu and element < 4 else 0
+    yield "loss, forward", 0, 0, whole["activations"], loss + logits + widened_head
     tied = gradients["embedding"] if model.tie_embeddings else 0
     done = tied or gradients["head"]
-    yield "loss, backward", done, done, whole["activations"], loss + output
+    yield "loss, backward", done, done, whole["activations"], output + (loss if on_cpu else 8 * stream)
     done += gradients["norm"]
     alive = tokens * sum(half.kept for layer in layers for half in layer)
     for layer in reversed(layers):
         for half in reversed(layer):
             done += half.gradients
-            yield half.name, half.gradients + tied, done, alive, output + tokens * half.again + half.working
+            yield half.name, half.made + tied, done, alive, output + tokens * half.again + half.working
             alive -= tokens * half.kept
     done += gradients["embedding"] - tied
     widened = 0 if element == 4 else 4 * stream
     yield "embedding, backward", gradients["embedding"], done, 0, 2 * output + widened + tied
-    at_once = NORM_VALUES["cpu" if config.platform.target == "cpu" else "gpu"]
-    largest = max(size(parameter.shape) for parameter in model.parameters())
-    yield "norm of the gradients", 0, done, 0, output + 4 * min(at_once, largest)
+    shapes = [parameter.shape for parameter in model.parameters()]
+    values = min(NORM_VALUES, max(map(size, shapes))) if on_cpu else sum(size(shape[:-1]) for shape in shapes)
+    yield "norm of the gradients", 0, done, 0, output + 4 * values
     yield "optimizer", 0, done, 0, output + max(optimizer_working(config, name, kinds) for name in kinds)
+
+
+def gpu_loss_chunk(vocab_size: int) -> int:
+    """Tokens of a chunk of the loss on a GPU, at least 256: the power of two that fills the room for a chunk."""
+    return max(256, 1 << max(0, (LOSS_CHUNK_BYTES // (6 * vocab_size)).bit_length() - 1))
 
 
 def optimizer_working(config: Config, group: str, kinds: dict[str, str]) -> int:

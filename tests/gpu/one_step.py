@@ -66,6 +66,7 @@ def one_step(config: str, sets: list[str], patch: pytest.MonkeyPatch) -> tuple[f
 
     with patch.context() as inside:
         inside.setattr(router, "select", given)
+        inside.setattr(router.SigmoidRouter, "in_one_pass", lambda self, x_TD: False)
         result = run_step(graph, batch, step=1, tokens_seen=inputs_BS.numel(), observe=observe)
     return result.loss, gradients
 

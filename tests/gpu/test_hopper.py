@@ -12,7 +12,7 @@ import torch
 
 from nmoe import platform
 from nmoe.metrics.reader import read_rows
-from nmoe.model.router import select
+from nmoe.model.router import SigmoidRouter, select
 from nmoe.plan.resolve import resolve
 from nmoe.train.gate import compare
 from tests.gpu.one_step import CONFIGS, CPU, FLOAT32, errors, one_step
@@ -78,6 +78,37 @@ def test_selection_is_the_cpus(device):
     score_TE = torch.randn(4096, 256, generator=torch.Generator().manual_seed(1))
     score_TE = torch.where(score_TE.abs() < 0.5, (score_TE * 4).round() / 4, score_TE)
     assert torch.equal(select(score_TE.to(device), 8).cpu(), select(score_TE, 8))
+
+
+@pytest.mark.parametrize(("experts", "top_k", "scale"), [(256, 7, 1.0), (64, 6, 2.446), (5, 1, 1.0), (40, 16, 1.0)])
+def test_a_router_in_one_pass_is_the_router_in_many(experts, top_k, scale, device, monkeypatch):
+    """The same experts, in the same order, and gradients that differ by roundings of the logits' gradient alone."""
+    router = SigmoidRouter(
+        hidden_size=136, num_experts=experts, top_k=top_k, num_groups=1, top_groups=1, route_scale=scale,
+        bias_update_rate=0.001, bias_limit=None, bias_until_tokens=None,
+    ).to(device)  # fmt: skip
+    generator = torch.Generator().manual_seed(experts)
+    w_ED, x_TD = (torch.randn(n, 136, generator=generator).bfloat16().to(device) for n in (experts, 1000))
+    router.weight_ED = torch.nn.Parameter(w_ED / 8)
+    router.weight_ED.grad_dtype = torch.float32
+    router.bias_E = 0.1 * torch.randn(experts, generator=generator).to(device)
+    dy_TK = torch.randn(1000, top_k, generator=generator).to(device)
+    found = []
+    for in_one_pass in (True, False):
+        if not in_one_pass:
+            monkeypatch.setattr(SigmoidRouter, "in_one_pass", lambda self, x_TD: False)
+        leaf_TD = x_TD.clone().requires_grad_()
+        router.weight_ED.grad = None
+        indices_TK, weights_TK = router(leaf_TD)
+        weights_TK.backward(dy_TK)
+        found.append((indices_TK.long(), weights_TK.detach(), leaf_TD.grad, router.weight_ED.grad))
+    (indices, weights, dx, dw), wanted = found
+    # Scores that differ in their last bit may change places; nearly all tokens have none that close.
+    same_T = (indices == wanted[0]).all(dim=1)
+    assert int(same_T.sum()) >= 998
+    assert torch.allclose(weights[same_T], wanted[1][same_T], rtol=1e-5, atol=1e-7)
+    for a, b in ((dx[same_T], wanted[2][same_T]), (dw, wanted[3])):
+        assert float((a.double() - b.double()).norm() / max(b.double().norm(), 1e-30)) < 2**-6 or top_k == 1
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(4096, 64), (1, 1)])

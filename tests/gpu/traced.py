@@ -51,6 +51,18 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processo
 # Where the step asks for a value or an address, it gets one that lets it go on.
 FakeTensor.data_ptr = lambda self: 0
 FakeTensor.item = lambda self: 1.0
+FakeTensor.pin_memory = lambda self: self
+
+# A fake tensor that remembers its values cannot be moved to the spare device.
+make = torch.tensor
+
+
+def without_values(*args, **options):
+    known = make(*args, **options)
+    return torch.zeros(known.shape, dtype=known.dtype, device=known.device)
+
+
+torch.tensor = without_values
 torch.bincount = lambda x, minlength: x.new_zeros(minlength)
 
 run = JITFunction.run

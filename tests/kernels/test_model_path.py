@@ -34,6 +34,8 @@ def routing(tokens: int, experts: int, top_k: int) -> Tensor:
 
 def test_specs_and_kernels_agree_on_widths():
     assert (hopper.QUERY_WIDTHS, hopper.VALUE_WIDTHS) == (launch.QUERY_WIDTHS, launch.VALUE_WIDTHS)
+    assert (hopper.ROUTER_EXPERTS, hopper.ROUTER_CHOSEN) == (launch.ROUTER_EXPERTS, launch.ROUTER_CHOSEN)
+    assert pytest.importorskip("nmoe.kernels.rms_norm").WIDEST == hopper.NORM_WIDTH
 
 
 def test_both_layouts_put_a_pair_in_one_row():

@@ -9,7 +9,8 @@ from nmoe import platform
 from nmoe.bench.memory import Live, rows
 from nmoe.experts import grouped
 from nmoe.graph import build
-from nmoe.model import attention
+from nmoe.kernels import launch
+from nmoe.model import attention, loss
 from nmoe.optim import muon, norm, rounding
 from nmoe.plan import cost
 from nmoe.plan.resolve import resolve, resolve_text
@@ -19,7 +20,6 @@ from nmoe.registry import moe
 from nmoe.registry.experts import Bf16Experts
 from nmoe.registry.moe import Moe
 from nmoe.registry.router import SigmoidRouter
-from nmoe.train import step
 
 HERE = Path(__file__).parent
 BASE = (HERE / "base.toml").read_text()
@@ -150,15 +150,17 @@ def test_a_hopper_layer_keeps_what_was_measured(tokens, experts, top_k, width, g
     """The allocator's figures of kernels/NOTES.md ("kept, output left out"), two digits; their router kept little."""
     router = SigmoidRouter(num_experts=experts, top_k=top_k)
     spec = Moe(router=router, experts=Bf16Experts(intermediate_size=width))
-    routing = spec.routing_bytes("sm_90a") - spec.router.saved_bytes
+    routing = spec.routing_bytes("sm_90a") - spec.router.saved_bytes("sm_90a")
     assert tokens * (spec.saved_bytes(2, "sm_90a") + routing) / 2**30 == pytest.approx(gib, abs=0.01)
 
 
 def test_sizes_of_pieces_are_those_at_work():
-    assert cost.LOSS_CHUNK_TOKENS == step.LOSS_CHUNK_TOKENS
+    assert (cost.LOSS_CHUNK_TOKENS, cost.LOSS_CHUNK_BYTES) == (loss.CHUNK_TOKENS, launch.LOSS_BYTES)
+    for vocab_size in (2, 257, 8192, 50304, 201088, 2**24):
+        assert cost.gpu_loss_chunk(vocab_size) == launch.loss_chunk(vocab_size)
     assert cost.ROUNDING_BLOCK == rounding.BLOCK
     assert cost.MUON_PIECE == muon.PIECE
-    assert cost.NORM_VALUES == {"cpu": norm.ROWS_AT_ONCE, "gpu": norm.ROWS_AT_ONCE_ON_A_GPU}
+    assert cost.NORM_VALUES == norm.ROWS_AT_ONCE
     assert moe.CPU_CHUNK_ROWS == grouped.CHUNK_ROWS
     assert (specs.CPU_QUERIES, specs.CPU_HEADS) == (attention.BLOCK, attention.GROUP)
     size, count = platform.CUBLAS_WORKSPACE.removeprefix(":").split(":")
