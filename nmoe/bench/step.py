@@ -5,9 +5,9 @@ takes N steps through nmoe.train.step on the plan's target after three to warm u
 drawn evenly from the vocabulary (`--text`: the packaged text in bytes, as in nmoe.bench.memory; its few tokens make
 experts of the first layers very uneven).
 
-    seconds       median of the steps' wall time, from the batch's arrival to the routers' biases
+    seconds       of a step: the mean over all N, which follow each other as in a training
     tokens/s      the step's tokens over it; mfu: the plan's FLOPs over it and the dense bf16 product of this run
-    busy          of the profiled step: the part of its wall time in which some kernel ran
+    busy          of the profiled step, which begins and ends with an idle device: the part in which some kernel ran
     kernels       by name: milliseconds of the profiled step, launches, share of all kernels' time
 
 --trace writes the profiled step as a trace that Perfetto opens, CONFIG.json.gz.
@@ -15,7 +15,6 @@ experts of the first layers very uneven).
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -50,19 +49,23 @@ def even_batch(plan: Plan, step: int) -> TokenBatch:
     )  # fmt: skip
 
 
-def take(graph: TrainingGraph, plan: Plan, step: int, text: bool) -> float:
-    """One step, as the loop takes it; its seconds."""
-    batch = graph.loader.batch(step) if text else even_batch(plan, step)
-    if graph.device.type != "cpu":
-        torch.cuda.synchronize()
+def take(graph: TrainingGraph, plan: Plan, steps: range, text: bool) -> float:
+    """Steps as the loop takes them, with their batches at hand; seconds until the device has done them."""
+    batches = [graph.loader.batch(step) if text else even_batch(plan, step) for step in steps]
+    wait(graph)
     started = time.perf_counter()
-    seen = step * plan.tokens_per_step
-    run_step(graph, batch, step=step, tokens_seen=seen, observe=lambda step, phase: None)
-    for _, router in graph.routers():
-        router.end_step(seen)
+    for step, batch in zip(steps, batches, strict=True):
+        seen = step * plan.tokens_per_step
+        run_step(graph, batch, step=step, tokens_seen=seen, observe=lambda step, phase: None)
+        for _, router in graph.routers():
+            router.end_step(seen)
+    wait(graph)
+    return time.perf_counter() - started
+
+
+def wait(graph: TrainingGraph) -> None:
     if graph.device.type != "cpu":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def dense() -> float:
@@ -90,23 +93,21 @@ def measure(plan: Plan, steps: int, text: bool, trace: Path | None) -> dict[str,
     require_runnable(plan)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     graph = build(plan)
-    for step in range(1, WARM_UP + 1):
-        take(graph, plan, step, text)
-    seconds = [take(graph, plan, WARM_UP + 1 + step, text) for step in range(steps)]
-    median = statistics.median(seconds)
+    first = WARM_UP + 1
+    take(graph, plan, range(1, first), text)
+    seconds = take(graph, plan, range(first, first + steps), text) / steps
     row: dict[str, Any] = {
         "config": plan.name,
         "tokens": "text" if text else "even",
-        "seconds": median,
-        "least and most": [min(seconds), max(seconds)],
-        "tokens/s": plan.tokens_per_step / median,
+        "seconds": seconds,
+        "tokens/s": plan.tokens_per_step / seconds,
     }
     if graph.device.type == "cpu":
         return row
     row["device"] = torch.cuda.get_device_name()
     row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        profiled = take(graph, plan, WARM_UP + steps + 1, text)
+        profiled = take(graph, plan, range(first + steps, first + steps + 1), text)
     if trace is not None:
         found.export_chrome_trace(str(trace / f"{plan.name}.json.gz"))
     row["profiled seconds"] = profiled

@@ -249,8 +249,8 @@ class Attempt:
                 result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=self.observe)
                 self.observe(step, "router")
                 health = {
-                    layer: router_health.health(router.load_E, router.bias_E, router.losses())
-                    for layer, router in self.graph.routers()
+                    layer: router_health.health(one.load_E, one.bias_E, one.losses)
+                    for layer, one in result.routed.items()
                 }
                 for _, router in self.graph.routers():
                     router.end_step(seen)

@@ -11,6 +11,9 @@ scale of this mean; they are no part of L.
 
 Nothing is written before the verdict: a loss or a gradient norm that is not finite stops the run
 with weights, moments, counters and router biases as they were.
+
+A GPU's host waits once a step, for the verdict, and then has read all that it will report: what follows it,
+the update and the routers' biases, runs while the host begins the next step.
 """
 
 import math
@@ -19,6 +22,7 @@ from collections.abc import Callable
 
 import attrs
 import torch
+from torch import Tensor
 
 from nmoe.data.loader import TokenBatch
 from nmoe.errors import fail
@@ -29,6 +33,15 @@ from nmoe.optim import norm
 Observer = Callable[[int, str], None]
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Routed:
+    """On the CPU: load_E, the pairs of a step; bias_E, None where a router has none; balance losses by name."""
+
+    load_E: Tensor
+    bias_E: Tensor | None
+    losses: dict[str, float]
+
+
 @attrs.frozen(kw_only=True)
 class StepResult:
     """What one step measured.
@@ -36,8 +49,8 @@ class StepResult:
     loss: mean nats per token. bits_per_byte: the same in bits over the bytes of text that the
     targets stand for. norms: gradient norm of each group; norm: of all, before clipping.
     clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
-    group's learning rate.
-    seconds: wall time by part.
+    group's learning rate. routed: what each layer's router counted, before the routers' `end_step`.
+    seconds: wall time by part; on a GPU the host's, whose wait for the device falls into `norm`.
     """
 
     loss: float
@@ -47,6 +60,7 @@ class StepResult:
     clip: float
     scale: float
     rates: dict[str, float]
+    routed: dict[int, Routed]
     seconds: dict[str, float]
 
 
@@ -63,7 +77,7 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     losses = []
     head_VD = graph.model.head.weight_VD
     forward_seconds = 0.0
-    tensors = [t.to(graph.device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)]
+    tensors = [to_device(t, graph.device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)]
     for input_ids_BS, targets_BS, document_ids_BS in zip(*(t.split(graph.microbatch) for t in tensors), strict=True):
         before = time.perf_counter()
         observe(step, "forward")
@@ -77,9 +91,9 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     backward_seconds = time.perf_counter() - started - forward_seconds
 
     before = time.perf_counter()
-    nats = [value.item() for value in losses]
     members = graph.optimizer.members()
-    norms = graph.optimizer.squared_norms()
+    norms = graph.optimizer.squared_norms()  # a GPU has it in its queue before the host waits for the first figure
+    nats: list[float] = torch.stack(losses).tolist()
     total = norms.total.sqrt().item()
     for index, value in enumerate(nats):
         if not math.isfinite(value):
@@ -92,6 +106,9 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     if not math.isfinite(total):
         raise norm.not_finite(members, step=step, notes=(f"batch {batch.digest}",))
     clip = norm.clip_coefficient(norms.total, graph.clip_norm)
+    by_group = dict(zip(norms.groups, torch.stack(list(norms.groups.values())).sqrt().tolist(), strict=True))
+    clipped = clip.item()
+    counted = routed(graph)
     norm_seconds = time.perf_counter() - before
 
     before = time.perf_counter()
@@ -105,10 +122,11 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
         loss=total_nats / graph.tokens_per_step,
         bits_per_byte=total_nats / (math.log(2) * batch.num_bytes) if batch.num_bytes else math.nan,
         norm=total,
-        norms={name: value.sqrt().item() for name, value in norms.groups.items()},
-        clip=clip.item(),
+        norms=by_group,
+        clip=clipped,
         scale=factor,
         rates=graph.optimizer.rates(factor),
+        routed=counted,
         seconds={
             "forward": forward_seconds,
             "backward": backward_seconds,
@@ -116,3 +134,22 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
             "optimizer": optimizer_seconds,
         },
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there; a GPU copies it from pinned memory when its turn comes, and the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def routed(graph: TrainingGraph) -> dict[int, Routed]:
+    """What each router has counted, by layer; on a GPU two copies for all layers."""
+    routers = dict(graph.routers())
+    if not routers:
+        return {}
+    loads = torch.stack([router.load_E for router in routers.values()]).cpu()
+    biases = [router.bias_E for router in routers.values() if router.bias_E is not None]
+    rows = iter(torch.stack(biases).cpu() if biases else ())
+    return {
+        layer: Routed(load_E=load_E, bias_E=None if router.bias_E is None else next(rows), losses=router.losses())
+        for (layer, router), load_E in zip(routers.items(), loads, strict=True)
+    }
