@@ -113,7 +113,7 @@ def moe_backward(
             torch.empty(w_gate_up_E2FD.shape, dtype=torch.float32, device=x_TD.device),
             torch.empty(w_down_EDF.shape, dtype=torch.float32, device=x_TD.device),
         )
-    weight_R = saved.weight_TK.view(-1)[layout.pair_R]
+    weight_R = saved.weight_TK.view(-1).index_select(0, layout.pair_R)
     dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
     dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
     dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, saved.h_2RF, weight_R, layout, table["dgate"])

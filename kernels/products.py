@@ -5,6 +5,8 @@ layout and one `Launch` of the pinned table; `x` and `dout` are tokens (T, D) wh
 gathers, rows (R, D) where it does not. D and F must be multiples of 8 (16 bytes, for TMA).
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,14 @@ def _blocks() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
 
 
+@functools.cache
+def _tile_layout(*box: int):
+    """Shared memory's layout of a box of bf16; asked for a dozen times a layer."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
+
+
 def _ragged(x_RD: Tensor, rows: int, cols: int):
     """A TMA descriptor of rows that clips at any row, for coordinates (2^30, end, 2^30 - rows left, col).
 
@@ -30,23 +40,19 @@ def _ragged(x_RD: Tensor, rows: int, cols: int):
     zeros and stores beyond vanish, for every expert, with one descriptor. The planes of (P, R, F)
     are reached by adding R to `end`.
     """
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     box = [1, 1, rows, cols]
     width = x_RD.shape[-1]
     shape = [0x7FFF0000, 0x7FFF0000, 1 << 30, width]
-    layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
-    return TensorDescriptor(x_RD, shape, [2**34 - width, width, width, 1], box, layout)
+    return TensorDescriptor(x_RD, shape, [2**34 - width, width, width, 1], box, _tile_layout(*box))
 
 
 def _weights(w: Tensor, *box: int):
     """A TMA descriptor of (planes, rows, columns); w_gate_up counts two planes an expert."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    planes = w.view(-1, *w.shape[-2:])
-    return TensorDescriptor.from_tensor(planes, list(box), gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16))
+    return TensorDescriptor.from_tensor(w.view(-1, *w.shape[-2:]), list(box), _tile_layout(*box))
 
 
 def _launch_rows(

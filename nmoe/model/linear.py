@@ -16,14 +16,16 @@ from nmoe.experts.product import product
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, w_OI: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(x_TI, w_OI)
-        return product(x_TI, w_OI.t(), dtype)
+    def forward(ctx: Any, x: Tensor, w_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, w_OI)
+        return product(x.reshape(-1, x.shape[-1]), w_OI.t(), dtype).view(*x.shape[:-1], len(w_OI))
 
     @staticmethod
-    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_TI, w_OI = ctx.saved_tensors
-        return product(dy_TO, w_OI, x_TI.dtype), product(dy_TO.t(), x_TI, torch.float32), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        # Rows are made in here, out of autograd's sight: a node for each view would cost the host a product's launch.
+        x, w_OI = ctx.saved_tensors
+        x_TI, dy_TO = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        return product(dy_TO, w_OI, x.dtype).view(x.shape), product(dy_TO.t(), x_TI, torch.float32), None
 
 
 def linear(x: Tensor, w_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,8 +34,8 @@ def linear(x: Tensor, w_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     x: (..., I); w_OI: (O, I), the same dtype. Returns (..., O) in `dtype` (x's if None), summed in
     float32. The gradient of x has x's dtype, that of W is float32.
     """
-    y_TO = _Linear.apply(x.reshape(-1, x.shape[-1]), w_OI, dtype or x.dtype)
-    return y_TO.view(*x.shape[:-1], w_OI.shape[0])
+    y: Tensor = _Linear.apply(x, w_OI, dtype or x.dtype)
+    return y
 
 
 class Linear(torch.nn.Module):
