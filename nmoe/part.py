@@ -2,7 +2,7 @@
 
 A logical tensor is one of the whole training: a weight's master, a moment, a router's bias. On one rank
 its part is all of it. On several it may be cut into runs of elements, in row-major order, each of
-them held by one rank; where it may be cut depends on the tensor alone (`nmoe.checkpoint.format`).
+them held by one rank; where it may be cut depends on the tensor alone (`nmoe.slices`).
 """
 
 from typing import TYPE_CHECKING

@@ -27,13 +27,14 @@ from nmoe.errors import fail
 
 # Below the package: what runs between a batch's tokens and the next state, and the specs that build it.
 SOURCES = (
-    "data", "experts", "graph.py", "kernels", "model", "optim", "rdep", "registry", "rng.py", "train",
+    "data", "experts", "graph.py", "kernels", "model", "optim", "part.py", "rdep", "registry", "rng.py", "sharding.py",
+    "slices.py", "train",
 )  # fmt: skip
 # Among them what only talks, locks, waits or makes files whose content is recorded by digest.
 NOT_ARITHMETIC = (
-    "data/corpus/make.py", "data/hub.py", "data/prepare.py",
-    "train/drill.py", "train/events.py", "train/gate.py", "train/progress.py", "train/run_dir.py", "train/run_lock.py",
-    "train/signals.py",
+    "data/corpus/make.py", "data/hub.py", "data/prepare.py", "rdep/control.py",
+    "train/drill.py", "train/events.py", "train/failure.py", "train/gate.py", "train/progress.py", "train/recording.py",
+    "train/run_dir.py", "train/run_lock.py", "train/signals.py",
 )  # fmt: skip
 LIBRARIES = ("numpy", "triton")  # beside torch
 COLUMN = 44

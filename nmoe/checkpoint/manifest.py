@@ -12,7 +12,7 @@ A manifest is canonical JSON (RFC 8785). Three hashes hang on it:
 Numbers of the state are integers: a float's canonical text does not tell 1.0 from 1 or -0.0 from 0, so
 a float that matters is a tensor, or the text of `float.hex`.
 
-Parsing is strict: exact keys and types, lower-case digests, tensors cut where format.boundaries cuts
+Parsing is strict: exact keys and types, lower-case digests, tensors cut where slices.boundaries cuts
 them, and the file must be the canonical text of what it says. Anything else is Damage.
 """
 
@@ -26,6 +26,7 @@ import attrs
 from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.disk import Damage
 from nmoe.plan.canonical import canonical
+from nmoe.slices import DTYPE_BYTES, boundaries, slice_count
 
 DEPTH_LIMIT = 16
 INTEGER_LIMIT = 2**53 - 1
@@ -88,8 +89,8 @@ class Manifest:
         """SHA-256 -> bytes of every object that this checkpoint needs."""
         sizes: dict[str, int] = {}
         for name, record in self.tensors.items():
-            width = layout.DTYPE_BYTES[record.dtype]
-            cuts = layout.boundaries(name, record.shape, record.dtype)
+            width = DTYPE_BYTES[record.dtype]
+            cuts = boundaries(name, record.shape, record.dtype)
             sizes |= {
                 sha256: (stop - start) * width for sha256, (start, stop) in zip(record.slices, cuts, strict=True)
             }
@@ -239,8 +240,8 @@ def _tensor(name: str, value: Any) -> TensorRecord:
     dtype = _text(fields["dtype"], "a dtype")
     layout.check_tensor(name, shape, dtype)
     slices = tuple(_sha256(item, f"a slice of tensor `{name}`") for item in fields["slices"])
-    if len(slices) != layout.slice_count(name, shape, dtype):
-        raise Damage(f"cuts tensor `{name}` into {len(slices)} slices, not {layout.slice_count(name, shape, dtype)}")
+    if len(slices) != slice_count(name, shape, dtype):
+        raise Damage(f"cuts tensor `{name}` into {len(slices)} slices, not {slice_count(name, shape, dtype)}")
     return TensorRecord(dtype=dtype, shape=shape, slices=slices)
 
 

@@ -4,9 +4,10 @@ import hashlib
 import itertools
 import os
 import threading
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import attrs
 import torch
@@ -14,17 +15,21 @@ import torch
 from nmoe.checkpoint import disk
 from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.disk import Damage
-from nmoe.checkpoint.manifest import Manifest, TensorRecord
-from nmoe.checkpoint.reader import dtype_name
-from nmoe.checkpoint.verify import check_object, read_manifest
+from nmoe.checkpoint.manifest import Manifest
+from nmoe.checkpoint.parts import Span
+from nmoe.checkpoint.verify import check_object, nothing, read_manifest
 from nmoe.errors import fail
+from nmoe.part import Part
+from nmoe.slices import boundaries
+
+T = TypeVar("T")
 
 
 @attrs.frozen(kw_only=True)
 class Stored:
-    """records: of every tensor, by name. objects, bytes: what had to be written for them."""
+    """spans: what has been stored of every tensor, by name. objects, bytes: what had to be written for them."""
 
-    records: dict[str, TensorRecord]
+    spans: dict[str, Span]
     objects: int
     bytes: int
 
@@ -37,8 +42,13 @@ class Removed:
     reason: str
 
 
-def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int) -> Stored:
-    """Stores the slices of contiguous CPU tensors; when it returns, each object and its name is durable.
+def store(
+    directory: Path, parts: Mapping[str, Part], *, threads: int, owner: str = "0", alive: Callable[[], None] = nothing
+) -> Stored:
+    """Stores the slices of parts, contiguous on the CPU; when it returns, each object and its name is durable.
+
+    owner: in the names of temporary files; no two that may be at work in the directory have the same. alive: called
+    as the work goes on.
 
     Each thread hashes a slice and writes it in one go: small files then share the journal's commits.
     An object that is there already counts only after it has been hashed. RunError N0301 if a file
@@ -69,7 +79,7 @@ def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int)
                 return sha256
             except Damage:
                 pass  # a damaged object is replaced by the right one
-        temporary = layout.temporary_directory(directory) / f"object.{os.getpid()}.{next(numbers)}"
+        temporary = layout.temporary_directory(directory) / f"object.{owner}.{next(numbers)}"
         disk.write_synced(temporary, content)
         disk.rename(temporary, path)
         written.append(len(content))
@@ -78,19 +88,29 @@ def store(directory: Path, tensors: Mapping[str, torch.Tensor], *, threads: int)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="object")
     try:
         pending = {}
-        for name, tensor in tensors.items():
-            values = tensor.reshape(-1)
-            cuts = layout.boundaries(name, tuple(tensor.shape), dtype_name(tensor))
-            pending[name] = [pool.submit(put, name, start, values[start:stop]) for start, stop in cuts]
-        slices = {name: tuple(future.result() for future in futures) for name, futures in pending.items()}
-        list(pool.map(disk.sync_directory, [*sorted(folders), layout.objects_directory(directory)]))
+        spans = {}
+        for name, part in parts.items():
+            values = part.tensor.reshape(-1)
+            spans[name] = span = Span.of(name, part)
+            pending[name] = [
+                pool.submit(put, name, start, values[start - part.start : stop - part.start])
+                for start, stop in boundaries(name, part.shape, span.dtype)[span.first : span.last]
+            ]
+        for name, futures in pending.items():
+            spans[name] = attrs.evolve(spans[name], hashes=tuple(_each(futures, alive)))
+        synced = [pool.submit(disk.sync_directory, folder) for folder in sorted(folders)]
+        list(_each(synced, alive))
+        disk.sync_directory(layout.objects_directory(directory))
     finally:
         pool.shutdown(cancel_futures=True)
-    records = {
-        name: TensorRecord(dtype=dtype_name(tensor), shape=tuple(tensor.shape), slices=slices[name])
-        for name, tensor in tensors.items()
-    }
-    return Stored(records=records, objects=len(written), bytes=sum(written))
+    return Stored(spans=spans, objects=len(written), bytes=sum(written))
+
+
+def _each(futures: Iterable[Future[T]], alive: Callable[[], None]) -> Iterator[T]:
+    """Their results in order, with a sign of work after each."""
+    for future in futures:
+        yield future.result()
+        alive()
 
 
 def require_finite(name: str, start: int, values: torch.Tensor) -> None:
@@ -106,11 +126,14 @@ def require_finite(name: str, start: int, values: torch.Tensor) -> None:
         )
 
 
-def retain(directory: Path, head: Manifest | None, *, keep: int) -> tuple[Removed, ...]:
+def retain(
+    directory: Path, head: Manifest | None, *, keep: int, alive: Callable[[], None] = nothing
+) -> tuple[Removed, ...]:
     """Removes all but `head` and the newest intact checkpoints before it, `keep` in all.
 
     Intact: the manifest is whole and every object is there at its size. HEAD must name `head`
     durably before this is called. Manifests go first, durably, so that none ever lacks its objects.
+    alive: called as the work goes on.
     """
     kept = [] if head is None else [head]
     removed: list[Removed] = []
@@ -133,18 +156,25 @@ def retain(directory: Path, head: Manifest | None, *, keep: int) -> tuple[Remove
         disk.sync_directory(directory)
         disk.remove_tree(gone)
         removed.append(Removed(step=step, reason=reason))
+        alive()
     needed = {sha256 for manifest in kept for sha256 in manifest.objects}
     for entry in layout.objects_directory(directory).glob("*/*"):
         if entry.name not in needed and layout.DIGEST.fullmatch(entry.name):
             disk.remove(entry)
+            alive()
     return tuple(removed)
+
+
+def require_objects(directory: Path, manifest: Manifest) -> None:
+    """Damage unless every object of `manifest` is there at its size."""
+    for sha256, size in manifest.objects.items():
+        with disk.opened(layout.object_path(directory, sha256)) as (_, found):
+            if found != size:
+                raise Damage(f"object {sha256} has {found} bytes, not {size}")
 
 
 def _intact(directory: Path, step: int) -> Manifest:
     """The manifest of a step whose objects are all there at their sizes; Damage if it is not."""
     manifest, _ = read_manifest(directory, step)
-    for sha256, size in manifest.objects.items():
-        with disk.opened(layout.object_path(directory, sha256)) as (_, found):
-            if found != size:
-                raise Damage(f"object {sha256} has {found} bytes, not {size}")
+    require_objects(directory, manifest)
     return manifest

@@ -7,7 +7,7 @@ kill cut short, checkpoints ahead of HEAD) is a note, not a fault: nothing can b
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,8 +83,14 @@ def check_object(path: Path, sha256: str, size: int) -> None:
         raise Damage(f"has the content of {digest.hexdigest()[:16]}..., which is not its name")
 
 
-def check_objects(directory: Path, objects: Iterable[tuple[str, int]], *, threads: int) -> dict[str, str]:
-    """SHA-256 -> what is wrong, for every (SHA-256, bytes) whose object is not whole."""
+def nothing() -> None:
+    """What is called between two pieces of work where nobody waits for a sign of it."""
+
+
+def check_objects(
+    directory: Path, objects: Iterable[tuple[str, int]], *, threads: int, alive: Callable[[], None] = nothing
+) -> dict[str, str]:
+    """SHA-256 -> what is wrong, for every (SHA-256, bytes) whose object is not whole. alive: called after each."""
 
     def check(item: tuple[str, int]) -> tuple[str, str]:
         sha256, size = item
@@ -94,8 +100,13 @@ def check_objects(directory: Path, objects: Iterable[tuple[str, int]], *, thread
             return sha256, str(damage)
         return sha256, ""
 
+    broken = {}
     with ThreadPoolExecutor(threads, thread_name_prefix="verify") as pool:
-        return {sha256: message for sha256, message in pool.map(check, objects) if message}
+        for sha256, message in pool.map(check, objects):
+            alive()
+            if message:
+                broken[sha256] = message
+    return broken
 
 
 def verify(directory: Path, *, threads: int = 4) -> Report:

@@ -10,7 +10,10 @@ import torch
 from nmoe.checkpoint import reader
 from nmoe.checkpoint.manifest import Identity
 from nmoe.checkpoint.writer import CheckpointWriter, Saved
+from nmoe.part import Part
+from nmoe.rdep.control import Control
 from nmoe.rng import stream
+from tests.rdep.ranks import Ranks
 
 DIGEST = "ab" * 32
 
@@ -44,13 +47,17 @@ def counters(step: int) -> dict:
 
 def save(directory: Path, *steps: int, keep: int = 2, attempt: int = 1, few: bool = False) -> list[Saved]:
     """One process's saves of those steps, one after the other; few: of three of the tensors."""
-    writer = CheckpointWriter(directory, keep=keep, threads=1)
+    writer = CheckpointWriter(directory, keep=keep, threads=1, control=Control.alone())
     saved = []
     for step in steps:
         tensors = dict(list(state(step).items())[4:7]) if few else state(step)
-        writer.save(step=step, tensors=tensors, state=counters(step), identity=identity(attempt))
+        writer.save(step=step, tensors=whole(tensors), state=counters(step), identity=identity(attempt))
         saved.append(writer.wait())
     return saved
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, Part]:
+    return {name: Part.whole(tensor) for name, tensor in tensors.items()}
 
 
 def empty_like(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,12 +72,12 @@ def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def holds(directory: Path, step: int) -> bool:
     """Whether HEAD stands at `step`; whatever step it names must have that step's state."""
-    manifest = reader.open_head(directory, threads=1)
+    manifest = reader.open_head(directory, Control.alone(), threads=1)
     if manifest is None:
         return step == 0
     wanted = {name: tensor for name, tensor in state(manifest.step).items() if name in manifest.tensors}
     tensors = empty_like(wanted)
-    reader.read_into(directory, manifest, tensors, threads=1)
+    reader.read_into(directory, manifest, whole(tensors), Control.alone(), threads=1)
     assert all(same_bytes(tensors[name], wanted[name]) for name in wanted)
     assert manifest.state == counters(manifest.step)
     return manifest.step == step
@@ -86,8 +93,15 @@ def _no_waiting_for_the_disk(monkeypatch):
 def tool():
     return SimpleNamespace(
         state=state, identity=identity, counters=counters, save=save, empty_like=empty_like, same_bytes=same_bytes,
-        holds=holds, digest=DIGEST,
+        holds=holds, whole=whole, digest=DIGEST,
     )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    server = Ranks(tmp_path_factory.mktemp("ranks"), "tests.checkpoint.work")
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.verify import read_head, read_manifest, verify
 from nmoe.checkpoint.writer import CheckpointWriter
+from nmoe.rdep.control import Control
 
 CALLS = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 
@@ -271,7 +272,7 @@ def test_a_reader_beside_a_running_save_sees_one_or_the_other(tmp_path, tool):
     assert set(seen) == {2, 3}
     assert read_manifest(directory, read_head(directory).step)[0].parent.step == 2
     assert layout.steps_on_disk(directory) == [2, 3]
-    assert CheckpointWriter(directory, keep=2).removed == ()
+    assert CheckpointWriter(directory, keep=2, control=Control.alone()).removed == ()
 
 
 def _looking(name, directory, seen):

@@ -9,6 +9,7 @@ from nmoe.checkpoint import format as layout
 from nmoe.checkpoint import reader
 from nmoe.checkpoint.verify import read_head, read_manifest, rewind, verify
 from nmoe.errors import RunError
+from nmoe.rdep.control import Control
 
 
 def flip(path, position=0):
@@ -96,7 +97,7 @@ def test_rewind_with_a_lost_or_broken_head(directory, tool):
     for damage in (lambda path: path.unlink(), flip):
         damage(layout.head_path(directory))
         with pytest.raises(RunError, match="N0303"):
-            reader.open_head(directory)
+            reader.open_head(directory, Control.alone())
         before, now, _ = rewind(directory)
         assert before is None
         assert now.step == 2

@@ -15,6 +15,7 @@ from nmoe.checkpoint import reader
 from nmoe.checkpoint.verify import read_head, read_manifest, verify
 from nmoe.checkpoint.writer import CheckpointWriter
 from nmoe.errors import RunError
+from nmoe.rdep.control import Control
 
 
 def objects_of(directory):
@@ -24,13 +25,13 @@ def objects_of(directory):
 def test_a_state_comes_back_bit_for_bit(directory, tool):
     special = torch.tensor([-0.0, 1e-45, torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny])
     tensors = {**tool.state(3), "special": special, "strided": torch.arange(12.0).reshape(3, 4).T}
-    writer = CheckpointWriter(directory, keep=1)
-    writer.save(step=3, tensors=tensors, state=tool.counters(3), identity=tool.identity())
+    writer = CheckpointWriter(directory, keep=1, control=Control.alone())
+    writer.save(step=3, tensors=tool.whole(tensors), state=tool.counters(3), identity=tool.identity())
     saved = writer.wait()
     targets = {**tool.empty_like(tensors), "strided": torch.zeros(3, 4).T}
     places = {name: tensor.data_ptr() for name, tensor in targets.items()}
     manifest = reader.require_head(directory)
-    reader.read_into(directory, manifest, targets)
+    reader.read_into(directory, manifest, tool.whole(targets), Control.alone())
     assert all(tool.same_bytes(targets[name], tensors[name]) for name in tensors)
     assert places == {name: tensor.data_ptr() for name, tensor in targets.items()}, "not in place"
     assert manifest.state_digest == saved.state_digest
@@ -40,11 +41,11 @@ def test_a_state_comes_back_bit_for_bit(directory, tool):
 
 def test_a_parameter_is_overwritten_without_entering_autograd(directory, tool):
     weight = torch.nn.Parameter(torch.randn(3, 3))
-    writer = CheckpointWriter(directory, keep=1)
-    writer.save(step=1, tensors={"w": weight}, state={}, identity=tool.identity())
+    writer = CheckpointWriter(directory, keep=1, control=Control.alone())
+    writer.save(step=1, tensors=tool.whole({"w": weight}), state={}, identity=tool.identity())
     writer.wait()
     other = torch.nn.Parameter(torch.zeros(3, 3))
-    reader.read_into(directory, reader.require_head(directory), {"w": other})
+    reader.read_into(directory, reader.require_head(directory), tool.whole({"w": other}), Control.alone())
     assert torch.equal(weight, other)
     assert other.grad_fn is None
 
@@ -53,9 +54,9 @@ def test_the_copy_is_taken_before_save_returns(directory, tool, monkeypatch):
     go_on = threading.Event()
     real = os.fsync
     tensors, counters = tool.state(2), tool.counters(2)
-    writer = CheckpointWriter(directory, keep=1)
+    writer = CheckpointWriter(directory, keep=1, control=Control.alone())
     monkeypatch.setattr(os, "fsync", lambda descriptor: (go_on.wait(), real(descriptor))[1])
-    writer.save(step=2, tensors=tensors, state=counters, identity=tool.identity())
+    writer.save(step=2, tensors=tool.whole(tensors), state=counters, identity=tool.identity())
     for tensor in tensors.values():
         tensor.zero_()
     counters["rng"]["rounding"] = 99
@@ -85,8 +86,8 @@ def test_each_tensor_is_in_the_digest(tmp_path, tool, name):
         if variant == "other shape":
             tensor = tensor.unsqueeze(0)
         tensors[name + "x" if variant == "renamed" else name] = tensor
-        writer = CheckpointWriter(tmp_path / variant, keep=1, threads=1)
-        writer.save(step=1, tensors=tensors, state={}, identity=tool.identity())
+        writer = CheckpointWriter(tmp_path / variant, keep=1, threads=1, control=Control.alone())
+        writer.save(step=1, tensors=tool.whole(tensors), state={}, identity=tool.identity())
         digests.add(writer.wait().state_digest)
     assert len(digests) == 4
 
@@ -126,10 +127,10 @@ def test_a_damaged_old_checkpoint_does_not_count_among_the_kept(directory, tool)
     saved = tool.save(directory, 4, keep=3)[0]
     assert layout.steps_on_disk(directory) == [1, 3, 4]
     assert saved.removed == ()  # a new writer had cleared it away already
-    writer = CheckpointWriter(directory, keep=3)
+    writer = CheckpointWriter(directory, keep=3, control=Control.alone())
     only_in_3 = set(layout_objects(directory, 3)) - set(layout_objects(directory, 4))
     layout.object_path(directory, min(only_in_3)).unlink()
-    writer.save(step=5, tensors=tool.state(5), state=tool.counters(5), identity=tool.identity())
+    writer.save(step=5, tensors=tool.whole(tool.state(5)), state=tool.counters(5), identity=tool.identity())
     removed = writer.wait().removed
     assert [item.step for item in removed] == [3]
     assert re.search("not intact: is missing", removed[0].reason)
@@ -141,7 +142,7 @@ def test_what_lies_ahead_of_head_goes_when_a_new_attempt_begins(directory, tool)
     head = layout.head_path(directory).read_bytes()
     tool.save(directory, 2, keep=2)
     layout.head_path(directory).write_bytes(head)
-    writer = CheckpointWriter(directory, keep=2)
+    writer = CheckpointWriter(directory, keep=2, control=Control.alone())
     assert [item.step for item in writer.removed] == [2]
     assert {path.name for path in objects_of(directory)} == set(layout_objects(directory, 1))
     assert tool.holds(directory, 1)
@@ -161,8 +162,10 @@ def test_before_head_runs_when_all_but_head_is_there(directory, tool):
     def look():
         seen.append((read_head(directory).step, read_manifest(directory, 2)[0].state_digest))
 
-    writer = CheckpointWriter(directory, keep=2)
-    writer.save(step=2, tensors=tool.state(2), state=tool.counters(2), identity=tool.identity(), before_head=look)
+    writer = CheckpointWriter(directory, keep=2, control=Control.alone())
+    writer.save(
+        step=2, tensors=tool.whole(tool.state(2)), state=tool.counters(2), identity=tool.identity(), before_head=look
+    )
     assert seen == [] or seen[0][0] == 1
     saved = writer.wait()
     assert seen == [(1, saved.state_digest)]
@@ -174,8 +177,10 @@ def test_if_before_head_fails_head_stays(directory, tool):
     def cannot():
         raise RuntimeError("the ledger is full")
 
-    writer = CheckpointWriter(directory, keep=2)
-    writer.save(step=2, tensors=tool.state(2), state=tool.counters(2), identity=tool.identity(), before_head=cannot)
+    writer = CheckpointWriter(directory, keep=2, control=Control.alone())
+    writer.save(
+        step=2, tensors=tool.whole(tool.state(2)), state=tool.counters(2), identity=tool.identity(), before_head=cannot
+    )
     with pytest.raises(RuntimeError, match="the ledger is full"):
         writer.wait()
     assert tool.holds(directory, 1)
@@ -187,7 +192,7 @@ def test_if_before_head_fails_head_stays(directory, tool):
 )
 def test_a_failing_disk_is_raised_by_the_next_call_and_named(directory, tool, monkeypatch, call, number, words):
     tool.save(directory, 1)
-    writer = CheckpointWriter(directory, keep=2)
+    writer = CheckpointWriter(directory, keep=2, control=Control.alone())
     real = getattr(os, call)
     count = iter(range(10**6))
 
@@ -198,34 +203,37 @@ def test_a_failing_disk_is_raised_by_the_next_call_and_named(directory, tool, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(os, call, failing)
-        writer.save(step=2, tensors=tool.state(2), state=tool.counters(2), identity=tool.identity())
+        writer.save(step=2, tensors=tool.whole(tool.state(2)), state=tool.counters(2), identity=tool.identity())
         with pytest.raises(RunError, match=rf"N0301.*{words} \({errno.errorcode[number]}\)") as caught:
             writer.wait()
     assert str(directory) in caught.value.diagnostics[0].place
     assert tool.holds(directory, 1)
-    writer.save(step=3, tensors=tool.state(3), state=tool.counters(3), identity=tool.identity())
+    writer.save(step=3, tensors=tool.whole(tool.state(3)), state=tool.counters(3), identity=tool.identity())
     writer.wait()
     assert tool.holds(directory, 3)
 
 
 def test_a_failure_is_raised_by_check_and_by_save_too(directory, tool, monkeypatch):
-    writer = CheckpointWriter(directory, keep=2)
+    writer = CheckpointWriter(directory, keep=2, control=Control.alone())
     writer.check()
     for raising in (writer.check, lambda: writer.save(step=9, tensors={}, state={}, identity=tool.identity())):
         with monkeypatch.context() as patched:
             patched.setattr(os, "rename", lambda *a: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-            writer.save(step=2, tensors=tool.state(2), state={}, identity=tool.identity())
+            writer.save(step=2, tensors=tool.whole(tool.state(2)), state={}, identity=tool.identity())
             writer._thread.join()
         with pytest.raises(RunError, match=r"N0301.*broken"):
             raising()
 
 
-def test_a_full_disk_is_refused_before_anything_is_copied(directory, tool, monkeypatch):
+def test_a_full_disk_is_refused_before_anything_is_written(directory, tool, monkeypatch):
     tool.save(directory, 1)
-    writer = CheckpointWriter(directory, keep=2)
+    writer = CheckpointWriter(directory, keep=2, control=Control.alone())
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 300_000})())
+    before = objects_of(directory)
     with pytest.raises(RunError, match=r"N0308.* 0\.3 MB free"):
-        writer.save(step=2, tensors=tool.state(2), state={}, identity=tool.identity())
+        writer.save(step=2, tensors=tool.whole(tool.state(2)), state={}, identity=tool.identity())
+        writer.wait()
+    assert objects_of(directory) == before
     assert tool.holds(directory, 1)
 
 
@@ -237,15 +245,16 @@ def test_a_full_disk_is_refused_before_anything_is_copied(directory, tool, monke
     ],
 )
 def test_counters_that_json_would_bend_are_refused(directory, tool, state, word):
+    writer = CheckpointWriter(directory, keep=1, control=Control.alone())
     with pytest.raises(ValueError, match=word):
-        CheckpointWriter(directory, keep=1).save(step=1, tensors={}, state=state, identity=tool.identity())
+        writer.save(step=1, tensors={}, state=state, identity=tool.identity())
 
 
 def test_tensors_that_no_manifest_can_name_are_refused(directory, tool):
-    writer = CheckpointWriter(directory, keep=1)
+    writer = CheckpointWriter(directory, keep=1, control=Control.alone())
     for tensors in ({"a b": torch.ones(1)}, {"a": torch.ones(1, dtype=torch.complex64)}):
         with pytest.raises(ValueError, match="cannot save"):
-            writer.save(step=1, tensors=tensors, state={}, identity=tool.identity())
+            writer.save(step=1, tensors=tool.whole(tensors), state={}, identity=tool.identity())
 
 
 def test_names_shapes_and_dtypes_are_strict_and_all_reported(directory, tool):
@@ -255,7 +264,7 @@ def test_names_shapes_and_dtypes_are_strict_and_all_reported(directory, tool):
     tensors["a.scalar"] = torch.zeros(1, dtype=torch.int64)
     tensors["model.frozen"] = torch.zeros(6, 6, dtype=torch.float64)
     with pytest.raises(RunError, match="N0305") as caught:
-        reader.read_into(directory, reader.require_head(directory), tensors)
+        reader.read_into(directory, reader.require_head(directory), tool.whole(tensors), Control.alone())
     text = caught.value.render()
     assert "`a.mask` is in the checkpoint and not in" in text
     assert "`more` is in this program" in text
@@ -281,10 +290,10 @@ def test_a_part_comes_back_alone_and_as_strictly(directory, tool):
 
 
 def test_no_checkpoint_yet(directory, tool):
-    assert reader.open_head(directory) is None
+    assert reader.open_head(directory, Control.alone()) is None
     assert reader.head_step(directory) == 0
-    CheckpointWriter(directory, keep=1)
-    assert reader.open_head(directory) is None
+    CheckpointWriter(directory, keep=1, control=Control.alone())
+    assert reader.open_head(directory, Control.alone()) is None
     with pytest.raises(RunError, match="N0304"):
         reader.require_head(directory)
 
@@ -330,7 +339,7 @@ def test_every_damage_is_found_before_a_tensor_is_touched(directory, tool):
         content = path.read_bytes()
         damage(path)
         with pytest.raises(RunError, match="N0303") as caught:
-            pytest.fail(f"{what} of {path} was not seen: {reader.open_head(directory, threads=1)}")
+            pytest.fail(f"{what} of {path} was not seen: {reader.open_head(directory, Control.alone(), threads=1)}")
         text = caught.value.render()
         assert path.name in text, (what, text)
         assert f"nmoe verify {directory.parent} --rewind" in text
@@ -352,4 +361,4 @@ def test_an_object_that_changes_after_it_was_verified_is_not_read(directory, too
     path = layout.object_path(directory, sha256)
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     with pytest.raises(RunError, match=f"N0303.*{sha256} has other content.*model.frozen"):
-        reader.read_into(directory, manifest, tool.empty_like(tool.state(1)))
+        reader.read_into(directory, manifest, tool.whole(tool.empty_like(tool.state(1))), Control.alone())

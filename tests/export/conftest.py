@@ -13,6 +13,7 @@ from nmoe.data.source import MemorySource
 from nmoe.graph import TrainingGraph, build
 from nmoe.plan.plan import Plan
 from nmoe.plan.resolve import resolve
+from nmoe.rdep.control import Control
 from nmoe.train.loop import train
 
 HERE = Path(__file__).parent
@@ -37,7 +38,8 @@ class Family:
     def graph(self) -> TrainingGraph:
         """The training graph at HEAD, as a resume restores it."""
         graph = build(self.plan)
-        reader.read_into(self.path / "checkpoints", reader.require_head(self.path / "checkpoints"), graph.state())
+        directory = self.path / "checkpoints"
+        reader.read_into(directory, reader.require_head(directory), graph.state(), Control.alone())
         graph.refresh()
         return graph
 

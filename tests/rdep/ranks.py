@@ -4,6 +4,7 @@ A line of stdin is a job, {"work", "ranks", "directory", "arguments"}; the line 
 has for each rank how it ended ("done", "raised", "exit 3", "signal 9", "stopped") and its result.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -16,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Ranks:
-    """The process that forks, as the tests see it."""
+    """The process that forks, as the tests see it. work: the module that says what the ranks can do."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, work: str = "tests.rdep.work") -> None:
         self.directory, self.jobs = directory, 0
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.rdep.ranks"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, "-m", "tests.rdep.ranks", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             text=True, cwd=ROOT,
         )  # fmt: skip
 
@@ -82,8 +83,8 @@ def answer(job: dict) -> list[tuple[str, object]]:
 def be(rank: int, job: dict) -> None:
     """One rank, from its fork to its end."""
     from nmoe.errors import NmoeError
-    from tests.rdep import work
 
+    work = importlib.import_module(sys.argv[1])
     file = Path(job["directory"]) / f"{rank}.json"
     code = 1
     try:
