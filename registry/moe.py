@@ -87,7 +87,7 @@ class Moe(Component):
             shared = DenseMlp(hidden_size=hidden_size, intermediate_size=self.shared_size)
         return MoE(
             router=self.router.build(hidden_size),
-            experts=self.experts.build(hidden_size, self.router.num_experts),
+            experts=self.experts.build(hidden_size, self.router.num_experts // transport.ranks),
             shared=shared,
             transport=transport,
             layer=layer,

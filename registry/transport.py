@@ -9,8 +9,12 @@ from nmoe.registry.component import Component
 class Rdep(Component):
     """Direct dispatch and return: every pair has one place, computed from the counts by every rank."""
 
-    def build(self):
-        """The transport of one rank: the index points into x itself."""
-        from nmoe.rdep.local import LocalTransport
+    def build(self, node=None, sizes=None):
+        """The transport of one rank, whose index points into x itself, or between the ranks of a node."""
+        if node is None:
+            from nmoe.rdep.local import LocalTransport
 
-        return LocalTransport()
+            return LocalTransport()
+        from nmoe.rdep.shm import ShmTransport
+
+        return ShmTransport(node=node, sizes=sizes)

@@ -21,7 +21,8 @@ import torch
 from nmoe import platform
 from nmoe.experts.fp32 import Fp32Experts
 from nmoe.rdep.local import LocalTransport
-from nmoe.rdep.memory import Sizes
+from nmoe.rdep.memory import Sizes, offsets
+from nmoe.rdep.node import Node
 from nmoe.rdep.rendezvous import launch_store
 from nmoe.rdep.shm import ShmTransport
 from nmoe.rdep.transport import Transport
@@ -72,7 +73,10 @@ def main() -> None:
     part = experts_of(share, me.rank * share, a.hidden, a.width, a.experts)
     local = LocalTransport()
     times: dict[str, list[list[float]]] = {"local": [], "ranks": []}
-    with ShmTransport(store=store, rank=me.rank, sizes=sizes, timeout_s=TIMEOUT_S) as shared:
+    with Node(
+        store=store, rank=me.rank, ranks=me.world_size, regions=sizes.regions(), sizes=str(sizes), timeout_s=TIMEOUT_S
+    ) as node:
+        shared = ShmTransport(node=node, sizes=sizes)
         for _ in range(a.repeats):
             alone, expected = layer(local, whole)
             shared.layout(indices_TK, a.experts, 0)  # nobody is ahead
@@ -83,7 +87,7 @@ def main() -> None:
     store.set(f"result/{me.rank}", json.dumps([same, times]))
     if me.rank == 0:
         results = [json.loads(store.get(f"result/{rank}")) for rank in range(me.world_size)]
-        answer: dict[str, object] = {"ranks": me.world_size, "bytes": sizes.offsets()[1]}
+        answer: dict[str, object] = {"ranks": me.world_size, "bytes": offsets(sizes.regions())[1]}
         answer["same_bits"] = all(same for same, _ in results)
         for name in times:
             for index, what in enumerate(("forward", "backward")):

@@ -22,16 +22,22 @@ def initialize(
     seed: int,
     init_std: float,
     residual_init_scale: float,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> None:
     """Draw every parameter of `model`.
 
     parameters: (name, shape, init) of each; init is "normal" (mean 0, std init_std), "residual"
-    (std init_std * residual_init_scale) or "ones". A RunError (N0701) names a parameter whose
+    (std init_std * residual_init_scale) or "ones". rank, ranks: the model has the experts of this one of the
+    ranks that share them. A RunError (N0701) names a parameter whose
     shape is another, or that only one side has.
     """
     weights = dict(model.named_parameters())
     for name, shape, init in parameters:
         weight = weights.pop(name, None)
+        of_experts = ".experts." in name
+        if of_experts:
+            shape = (shape[0] // ranks, *shape[1:])
         if weight is None or tuple(weight.shape) != tuple(shape):
             found = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
             raise fail("N0701", f"parameter `{name}` of shape {tuple(shape)} is {found} in the model", place=name)
@@ -39,9 +45,10 @@ def initialize(
             weight.fill_(1.0)
             continue
         std = {"normal": init_std, "residual": init_std * residual_init_scale}[init]
-        if ".experts." in name:
+        if of_experts:
             for expert in range(shape[0]):
-                weight[expert].copy_(normal(shape[1:], std, rng.stream(seed, "init", name, expert)))
+                stream = rng.stream(seed, "init", name, rank * shape[0] + expert)
+                weight[expert].copy_(normal(shape[1:], std, stream))
         else:
             weight.copy_(normal(shape, std, rng.stream(seed, "init", name)))
     if weights:

@@ -10,7 +10,7 @@ from nmoe.rdep.transport import Places, Received
 class LocalTransport:
     """All experts and all tokens are here."""
 
-    ranks = 1
+    rank, ranks = 0, 1
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
         """As `Transport.layout`; a GPU's host does not wait for it."""

@@ -4,8 +4,8 @@ The file has no name (memfd_create(2)): its descriptor travels over the ranks' s
 any moment leaves nothing behind, and the size of a mounted /dev/shm is no limit. All its pages are
 reserved when it is made, and it is sealed against another size, so that no later access can fail.
 
-A rank's regions, for N ranks with at most T tokens in a microbatch, E experts, K of them for a token, rows
-of D values:
+The regions of the expert transport, for N ranks with at most T tokens in a microbatch, E experts, K of them for
+a token, rows of D values (those of the data-parallel sums are in `nmoe.rdep.reduction`):
 
     counts_2C     C = E + N: this rank's pairs for each expert and tokens for each owner, read by all; two of
                   them, used by turns, so that one layout may follow another with no phase between them
@@ -20,6 +20,8 @@ of D values:
 import fcntl
 import mmap
 import os
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import attrs
 import torch
@@ -28,6 +30,9 @@ from torch import Tensor
 from nmoe.errors import fail
 
 ALIGNMENT = 128  # bytes: two cache lines, so that two regions never share one
+
+Regions: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""dtype and shape of each region of a rank's memory, by name."""
 
 
 @attrs.frozen(kw_only=True, str=False)
@@ -51,8 +56,8 @@ class Sizes:
             f"rows of {self.hidden_size} {str(self.dtype).removeprefix('torch.')}"
         )
 
-    def regions(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """dtype and shape of each region, by its name in `Memory`."""
+    def regions(self) -> Regions:
+        """Of the names in `Memory`."""
         received, pairs = self.ranks * self.tokens, self.tokens * self.top_k
         return {
             "counts_2C": (torch.int64, (2, self.num_experts + self.ranks)),
@@ -64,19 +69,10 @@ class Sizes:
             "d_weight_P": (torch.float32, (pairs,)),
         }
 
-    def offsets(self) -> tuple[dict[str, int], int]:
-        """Where each region begins, in bytes, and how many there are in all."""
-        offsets, end = {}, 0
-        for name, (dtype, shape) in self.regions().items():
-            offsets[name] = end
-            size = dtype.itemsize * torch.Size(shape).numel()
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        return offsets, max(end, ALIGNMENT)
-
 
 @attrs.frozen(kw_only=True, eq=False)
 class Memory:
-    """One rank's regions, as tensors in the mapped file."""
+    """The transport's regions of one rank, as tensors in the mapped file."""
 
     counts_2C: Tensor
     rows_UD: Tensor
@@ -87,9 +83,19 @@ class Memory:
     d_weight_P: Tensor
 
 
-def create(sizes: Sizes) -> int:
-    """The descriptor of a new file for these sizes, reserved and sealed. RunError N0806 if there is no room."""
-    _, size = sizes.offsets()
+def offsets(regions: Regions) -> tuple[dict[str, int], int]:
+    """Where each region begins, in bytes, and how many there are in all."""
+    found, end = {}, 0
+    for name, (dtype, shape) in regions.items():
+        found[name] = end
+        size = dtype.itemsize * torch.Size(shape).numel()
+        end += -(-size // ALIGNMENT) * ALIGNMENT
+    return found, max(end, ALIGNMENT)
+
+
+def create(regions: Regions) -> int:
+    """The descriptor of a new file for these regions, reserved and sealed. RunError N0806 if there is no room."""
+    _, size = offsets(regions)
     file = os.memfd_create("nmoe-rdep", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(file, 0, size)
@@ -98,24 +104,24 @@ def create(sizes: Sizes) -> int:
         raise fail(
             "N0806",
             f"no room for {size} bytes of memory shared between the ranks: {error.strerror}",
-            place="the expert transport's buffers",
+            place="the buffers of the ranks of a node",
             help="lower [batch] microbatch, or give the machine or its container more memory",
         ) from error
     fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return file
 
 
-def mapped(file: int, sizes: Sizes) -> Memory:
+def mapped(file: int, regions: Regions) -> dict[str, Tensor]:
     """The regions of a rank's file. The descriptor may be closed afterwards; the mapping lives as its tensors do."""
-    offsets, size = sizes.offsets()
+    starts, size = offsets(regions)
     if os.fstat(file).st_size != size:
         raise fail("N0806", f"a rank shares {os.fstat(file).st_size} bytes where {size} belong", help="start again")
     pages = mmap.mmap(file, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     tensors = {}
-    for name, (dtype, shape) in sizes.regions().items():
+    for name, (dtype, shape) in regions.items():
         count = torch.Size(shape).numel()
         if count:
-            tensors[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=offsets[name]).view(shape)
+            tensors[name] = torch.frombuffer(pages, dtype=dtype, count=count, offset=starts[name]).view(shape)
         else:
             tensors[name] = torch.empty(shape, dtype=dtype)
-    return Memory(**tensors)
+    return tensors

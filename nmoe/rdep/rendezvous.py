@@ -30,8 +30,19 @@ class Peer:
 
 
 def launch_store(timeout_s: float) -> torch.distributed.Store:
-    """The store of the launch: torchrun's, or at MASTER_ADDR and MASTER_PORT with rank 0 as its server."""
-    store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+    """The store of the launch: torchrun's, or at MASTER_ADDR and MASTER_PORT with rank 0 as its server.
+
+    RunError N0805 if the ranks do not come together there within timeout_s.
+    """
+    try:
+        store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=timedelta(seconds=timeout_s))))
+    except RuntimeError as error:
+        raise fail(
+            "N0805",
+            f"the ranks of the launch have not come together: {str(error).splitlines()[0]}",
+            place="MASTER_ADDR and MASTER_PORT",
+            help="start all ranks together, as torchrun does",
+        ) from error
     return store
 
 

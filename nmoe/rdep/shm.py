@@ -14,61 +14,23 @@ their source publishes its next counts or output gradients. So there are no mess
 What backward needs is copied out of the shared memory.
 """
 
-import os
-from types import TracebackType
-
 import torch
 from torch import Tensor
 
 from nmoe.errors import fail
 from nmoe.rdep.layout import Layout, layout, route
-from nmoe.rdep.memory import Memory, Sizes, create, mapped
-from nmoe.rdep.rendezvous import meet
-from nmoe.rdep.signals import Signals
+from nmoe.rdep.memory import Memory, Sizes
+from nmoe.rdep.node import Node
 from nmoe.rdep.transport import Received
 
 
 class ShmTransport:
-    """One rank of a node's ranks. A context: leaving it tells the peers whether this rank is done or has failed.
+    """One rank's end of the transport. node: its memory has the regions of `sizes`, the same on all ranks."""
 
-    store: shared by exactly these ranks. timeout_s: how long a rank waits for its peers, in seconds, when
-    they meet and in every phase. sizes: the same on all ranks. RunError N0805 or N0806 if
-    they cannot meet, or there is no room.
-    """
-
-    def __init__(self, *, store: torch.distributed.Store, rank: int, sizes: Sizes, timeout_s: float) -> None:
-        self.rank, self.ranks, self.sizes = rank, sizes.ranks, sizes
-        file = create(sizes)
-        try:
-            peers = meet(store, rank=rank, ranks=sizes.ranks, memory=file, sizes=str(sizes), timeout_s=timeout_s)
-            self.signals = Signals(
-                rank=rank, sockets={name: peer.end for name, peer in peers.items()}, timeout_s=timeout_s
-            )
-            files = {rank: file, **{name: peer.memory for name, peer in peers.items()}}
-            self.memory: list[Memory] = [mapped(files[name], sizes) for name in range(sizes.ranks)]
-            for peer in peers.values():
-                os.close(peer.memory)
-        finally:
-            os.close(file)
+    def __init__(self, *, node: Node, sizes: Sizes) -> None:
+        self.node, self.rank, self.ranks, self.sizes = node, node.rank, node.ranks, sizes
+        self.memory = [Memory(**{name: regions[name] for name in sizes.regions()}) for regions in node.memory]
         self.count_parity = 0
-
-    def __enter__(self) -> "ShmTransport":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.signals.close(error)
-
-    def begin(self, phase: str, layer: int) -> None:
-        """Come to the next phase: everything of the phases before has been read."""
-        self.signals.begin(phase, layer)
-
-    def publish(self, peer: int) -> None:
-        """Everything that this phase writes into the peer's memory, or shows it in this rank's, is there."""
-        self.signals.publish(peer)
-
-    def observe(self) -> None:
-        """Wait until all peers have published this phase."""
-        self.signals.observe()
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Layout:
         """As `Transport.layout`. RunError N0807 for more tokens than the buffers were made for."""
@@ -82,19 +44,19 @@ class ShmTransport:
                 help="make the transport for the largest microbatch of the plan",
             )
         routing = route(indices_TK, num_experts=num_experts, ranks=self.ranks)
-        self.begin("counts", layer)
+        self.node.begin("counts", layer)
         self.count_parity ^= 1
         torch.cat([routing.pairs_E, routing.tokens_N], out=self.memory[self.rank].counts_2C[self.count_parity])
         for peer in range(self.ranks):
-            self.publish(peer)
-        self.observe()
+            self.node.publish(peer)
+        self.node.observe()
         counts_NC = torch.stack([memory.counts_2C[self.count_parity] for memory in self.memory])
         pairs_NE, tokens_NN = counts_NC.split([num_experts, self.ranks], dim=1)
         return layout(routing, pairs_NE, tokens_NN, rank=self.rank, layer=layer)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, places: Layout) -> Received:
         """As `Transport.dispatch`."""
-        self.begin("rows", places.layer)
+        self.node.begin("rows", places.layer)
         owner_P, row_P, weight_P = (t.reshape(-1) for t in (places.owner_TK, places.row_TK, weights_TK))
         token_P = places.place_TN.gather(1, places.owner_TK).view(-1).int()
         for owner, memory in enumerate(self.memory):
@@ -104,8 +66,8 @@ class ShmTransport:
             memory.pair_R.index_copy_(0, row_Q, pair_Q.int())
             memory.weight_R.index_copy_(0, row_Q, weight_P[pair_Q])
             self._write_rows(x_TD, owner, places)
-            self.publish(owner)
-        self.observe()
+            self.node.publish(owner)
+        self.node.observe()
         mine, rows = self.memory[self.rank], int(places.segments_LN.sum())
         return Received(
             self._received(places).clone(), mine.token_R[:rows].long(), mine.weight_R[:rows].clone(),
@@ -114,35 +76,35 @@ class ShmTransport:
 
     def give_back(self, y_RD: Tensor, received: Received, places: Layout) -> tuple[Tensor, Tensor]:
         """As `Transport.give_back`."""
-        self.begin("outputs", places.layer)
+        self.node.begin("outputs", places.layer)
         for source, parts in enumerate(self._parts(places)):
             for part in parts:
                 self.memory[source].returned_PD.index_copy_(0, received.pair_R[part], y_RD[part])
-            self.publish(source)
-        self.observe()
+            self.node.publish(source)
+        self.node.observe()
         return self._slots(places)
 
     def dispatch_gradients(self, dy_TD: Tensor, places: Layout) -> Tensor:
         """As `Transport.dispatch_gradients`; free after the next call."""
-        self.begin("output gradients", places.layer)
+        self.node.begin("output gradients", places.layer)
         for owner in range(self.ranks):
             self._write_rows(dy_TD, owner, places)
-            self.publish(owner)
-        self.observe()
+            self.node.publish(owner)
+        self.node.observe()
         return self._received(places)
 
     def give_back_gradients(
         self, dx_RD: Tensor, d_weight_R: Tensor, received: Received, places: Layout
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Transport.give_back_gradients`."""
-        self.begin("input gradients", places.layer)
+        self.node.begin("input gradients", places.layer)
         for source, parts in enumerate(self._parts(places)):
             memory = self.memory[source]
             for part in parts:
                 memory.returned_PD.index_copy_(0, received.pair_R[part], dx_RD[part])
                 memory.d_weight_P.index_copy_(0, received.pair_R[part], d_weight_R[part])
-            self.publish(source)
-        self.observe()
+            self.node.publish(source)
+        self.node.observe()
         rows_PD, row_TK = self._slots(places)
         return rows_PD, row_TK, self.memory[self.rank].d_weight_P[: row_TK.numel()].clone().view(row_TK.shape)
 

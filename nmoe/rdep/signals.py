@@ -1,7 +1,7 @@
 """Signals between the ranks of a node: who has come to which phase, and who failed first.
 
-A phase is one exchange of a layer. All ranks run the same list of phases, so a phase is a number that
-only grows. When a rank publishes phase p to a peer it says two things: what it writes for the peer in p
+A phase is one exchange of a layer, or of the whole model. All ranks run the same list of phases, so a phase is
+a number that only grows. When a rank publishes phase p to a peer it says two things: what it writes for the peer in p
 is there, and whatever it had to read of the phases before p it has read, so that those buffers are free.
 To observe p is to wait until every peer has published it. Hence nobody is more than one phase ahead.
 
@@ -28,6 +28,12 @@ import attrs
 from nmoe.errors import NmoeError, RunError, fail
 
 PHASES = ("counts", "rows", "outputs", "output gradients", "input gradients")
+"""Of the expert transport, in each layer."""
+
+MODEL_PHASES = ("values", "gradients", "weights")
+"""Of the whole model: small values that all ranks show each other, gradients for their owners, weights from these."""
+
+ALL_PHASES = PHASES + MODEL_PHASES
 
 ARRIVED, FAILED, ENDED = range(3)
 HEAD = struct.Struct("<BBIQ")  # kind; phase's index, layer, number: of a failure, the rank is in the layer's place
@@ -37,14 +43,17 @@ MESSAGE_BYTES = HEAD.size + TEXT_BYTES
 
 @attrs.frozen
 class Arrival:
-    """A rank has come to phase `number`, which is the phase of that name in that layer."""
+    """A rank has come to phase `number`, which is the phase of that name in that layer, or of the whole model."""
 
     number: int
     phase: str
     layer: int
 
     def __str__(self) -> str:
-        return f"phase {self.number}, `{self.phase}` of layer {self.layer}" if self.number else "no phase yet"
+        if not self.number:
+            return "no phase yet"
+        of_layer = f" of layer {self.layer}" if self.phase in PHASES else ""
+        return f"phase {self.number}, `{self.phase}`{of_layer}"
 
 
 @attrs.frozen
@@ -76,15 +85,15 @@ class Signals:
             end.settimeout(timeout_s)
             self.poll.register(end, select.POLLIN)
 
-    def begin(self, phase: str, layer: int) -> None:
-        """This rank comes to the next phase."""
+    def begin(self, phase: str, layer: int = 0) -> None:
+        """This rank comes to the next phase; layer: of a phase that is of one."""
         self.here = Arrival(self.here.number + 1, phase, layer)
 
     def publish(self, peer: int) -> None:
         """Tell a peer that this rank has done its part of the phase for it, and has read all of the phases before."""
         if peer == self.rank:
             return
-        head = HEAD.pack(ARRIVED, PHASES.index(self.here.phase), self.here.layer, self.here.number)
+        head = HEAD.pack(ARRIVED, ALL_PHASES.index(self.here.phase), self.here.layer, self.here.number)
         try:
             self.sockets[peer].send(head)
         except OSError as error:
@@ -116,6 +125,16 @@ class Signals:
             self.seen[peer] = queue.popleft()
             if self.seen[peer] != self.here:
                 raise self._apart(peer, f"has come to {self.seen[peer]}")
+
+    def check(self) -> None:
+        """RunError N0802 if a peer has failed or died since anybody looked; does not wait.
+
+        For a rank that is busy with something else than phases. A peer that has come to its end is no failure.
+        """
+        for file, _ in self.poll.poll(0):
+            self._receive(self.peer_of_file[file])
+        if self.failure is not None:
+            raise self._gone(self.failure.rank)
 
     def close(self, error: BaseException | None = None) -> None:
         """Say why this rank ends, or that it is done, and close the sockets."""
@@ -149,7 +168,7 @@ class Signals:
             return
         kind, phase, layer, number = HEAD.unpack_from(message)
         if kind == ARRIVED:
-            self.waiting[peer].append(Arrival(number, PHASES[phase], layer))
+            self.waiting[peer].append(Arrival(number, ALL_PHASES[phase], layer))
         elif kind == FAILED:
             self.failure = self.failure or Failure(layer, message[HEAD.size :].decode(errors="replace"))
         else:

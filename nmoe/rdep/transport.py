@@ -42,9 +42,10 @@ class Received:
 class Transport(Protocol):
     """Dispatch and return between the ranks that share the experts.
 
-    ranks: N, of which each holds E / N experts.
+    ranks: N, of which each holds E / N experts. rank: which of them this one is.
     """
 
+    rank: int
     ranks: int
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:

@@ -19,8 +19,10 @@ from nmoe.experts.fp32 import Fp32Experts
 from nmoe.model.moe import MoE
 from nmoe.model.router import SoftmaxRouter
 from nmoe.rdep.local import LocalTransport
-from nmoe.rdep.memory import Sizes
+from nmoe.rdep.memory import Memory, Sizes
+from nmoe.rdep.node import Node
 from nmoe.rdep.shm import ShmTransport
+from tests.rdep import talk
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KIND = {"fp32": Fp32Experts, "bf16": Bf16Experts}
@@ -100,6 +102,14 @@ def sizes(kind, experts, top_k, ranks):
     )  # fmt: skip
 
 
+def node(kind, experts, top_k, *, rank, ranks, store, timeout_s, make=Node):
+    """The ranks of a job, with memory for its transport."""
+    needed = sizes(kind, experts, top_k, ranks)
+    return make(
+        store=store, rank=rank, ranks=ranks, regions=needed.regions(), sizes=str(needed), timeout_s=timeout_s
+    )  # fmt: skip
+
+
 def layers(
     *, rank, ranks, store, name, kind, experts, top_k, microbatches, depth, transport="shm", timeout_s=100.0,
     backwards=False, recompute=False,
@@ -112,8 +122,10 @@ def layers(
     if transport == "local":
         run_passes(LocalTransport(), stack, found, *arguments)
     else:
-        make = TRANSPORTS[transport]
-        with make(store=store, rank=rank, sizes=sizes(kind, experts, top_k, ranks), timeout_s=timeout_s) as way:
+        make_node, make = TRANSPORTS[transport]
+        where = {"rank": rank, "ranks": ranks, "store": store, "timeout_s": timeout_s, "make": make_node}
+        with node(kind, experts, top_k, **where) as together:
+            way = make(node=together, sizes=sizes(kind, experts, top_k, ranks))
             run_passes(way, stack, found, *arguments)
     for layer, module in enumerate(stack):
         for parameter_name, parameter in module.named_parameters():
@@ -143,7 +155,7 @@ def run_passes(transport, stack, found, microbatches, name, dtype, experts, top_
                 found[f"layer {layer} microbatch {microbatch} {what}"] = digest(tensor)
 
 
-class Drilled(ShmTransport):
+class Drilled(Node):
     """Waits for a random time before every publication and every read, and poisons what it has given free.
 
     Poison: values are NaN, indices point nowhere. Received rows are free when the owner publishes outputs or
@@ -158,9 +170,9 @@ class Drilled(ShmTransport):
     def delay(self):
         time.sleep(self.random.choice((0.0, 0.0, 0.0003, 0.001, 0.003)))
 
-    def begin(self, phase, layer):
+    def begin(self, phase, layer=0):
         super().begin(phase, layer)
-        mine = self.memory[self.rank]
+        mine = Memory(**self.memory[self.rank])
         if phase in ("outputs", "input gradients"):
             free = [mine.rows_UD, mine.token_R, mine.pair_R, mine.weight_R]
         else:
@@ -179,7 +191,7 @@ class Drilled(ShmTransport):
         self.delay()
 
 
-class KeepsRows(Drilled):
+class KeepsRows(ShmTransport):
     """A fault: what backward needs stays in the shared memory."""
 
     def dispatch(self, x_TD, weights_TK, places):
@@ -187,20 +199,24 @@ class KeepsRows(Drilled):
         return type(received)(self._received(places), received.token_R, received.weight_R, received.pair_R)
 
 
-class PublishesEarly(Drilled):
-    """A fault: rows are published before they are written."""
-
-    def _write_rows(self, rows_TD, owner, places):
-        self.signals.publish(owner)
-        self.delay()
-        super()._write_rows(rows_TD, owner, places)
+class SilentRows(Drilled):
+    """Leaves the publication of rows to the transport below."""
 
     def publish(self, peer):
         if self.signals.here.phase not in ("rows", "output gradients"):
             super().publish(peer)
 
 
-class WritesTooSoon(Drilled):
+class PublishesEarly(ShmTransport):
+    """A fault: rows are published before they are written."""
+
+    def _write_rows(self, rows_TD, owner, places):
+        self.node.signals.publish(owner)
+        self.node.delay()
+        super()._write_rows(rows_TD, owner, places)
+
+
+class WritesTooSoon(ShmTransport):
     """A fault: outputs are written while the source may still read the ones before."""
 
     def give_back(self, y_RD, received, places):
@@ -210,15 +226,16 @@ class WritesTooSoon(Drilled):
 
 
 TRANSPORTS = {
-    "shm": ShmTransport, "drilled": Drilled, "keeps rows": KeepsRows, "publishes early": PublishesEarly,
-    "writes too soon": WritesTooSoon,
+    "shm": (Node, ShmTransport), "drilled": (Drilled, ShmTransport), "keeps rows": (Drilled, KeepsRows),
+    "publishes early": (SilentRows, PublishesEarly), "writes too soon": (Drilled, WritesTooSoon),
 }  # fmt: skip
 
 
 def failing(*, rank, ranks, store, who, how, at_layer, timeout_s):
     """Ten layers; rank `who` fails in one of them. The others return what their transport raised."""
     stack = make_layers("fp32", 12, ranks, rank, 10)
-    with ShmTransport(store=store, rank=rank, sizes=sizes("fp32", 12, 2, ranks), timeout_s=timeout_s) as transport:
+    with node("fp32", 12, 2, rank=rank, ranks=ranks, store=store, timeout_s=timeout_s) as together:
+        transport = ShmTransport(node=together, sizes=sizes("fp32", 12, 2, ranks))
         for layer, module in enumerate(stack):
             x_TD, indices_TK, weights_TK, _ = inputs("spread", 12, 2, torch.float32, rank, layer)
             if rank == who and layer == at_layer:
@@ -242,13 +259,13 @@ def meeting(*, rank, ranks, store, who, timeout_s):
     """Rank `who` has another model, or does not come at all (-1: the last one)."""
     if who == -1 and rank == ranks - 1:
         return "absent"
-    with ShmTransport(store=store, rank=rank, sizes=sizes("fp32", 12, 2 + (rank == who), ranks), timeout_s=timeout_s):
+    with node("fp32", 12, 2 + (rank == who), rank=rank, ranks=ranks, store=store, timeout_s=timeout_s):
         return "met"
 
 
 def files(*, rank, ranks, store):
     """The names of what is mapped and open of shared memory while the transport is at work."""
-    with ShmTransport(store=store, rank=rank, sizes=sizes("fp32", 12, 2, ranks), timeout_s=100.0):
+    with node("fp32", 12, 2, rank=rank, ranks=ranks, store=store, timeout_s=100.0):
         names = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
         for link in Path("/proc/self/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):  # the one that read the directory
@@ -262,8 +279,8 @@ def moe(*, rank, ranks, store, microbatches):
     router = SoftmaxRouter(hidden_size=HIDDEN, num_experts=8, top_k=3, renormalize=True)
     router.weight_ED.data = torch.randn(8, HIDDEN, generator=generator(4))
     found = {}
-    with ShmTransport(store=store, rank=rank, sizes=sizes("fp32", 8, 3, ranks), timeout_s=100.0) as shm:
-        transport = shm if ranks > 1 else LocalTransport()
+    with node("fp32", 8, 3, rank=rank, ranks=ranks, store=store, timeout_s=100.0) as together:
+        transport = ShmTransport(node=together, sizes=sizes("fp32", 8, 3, ranks)) if ranks > 1 else LocalTransport()
         layer = MoE(router=router, experts=experts, shared=None, transport=transport, layer=0)
         for microbatch in range(rank, microbatches, ranks):
             x_TD, _, _, dy_TD = inputs("spread", 8, 3, torch.float32, microbatch, 0)
@@ -279,4 +296,6 @@ def moe(*, rank, ranks, store, microbatches):
     return found
 
 
-WORK = {"layers": layers, "moe": moe, "failing": failing, "meeting": meeting, "files": files}
+WORK = {
+    "layers": layers, "moe": moe, "failing": failing, "meeting": meeting, "files": files, **talk.WORK,
+}  # fmt: skip
