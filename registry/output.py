@@ -98,6 +98,10 @@ class Output(Component):
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
     )
+    rank_timeout: float = key(
+        "how long a rank waits for another at any point, before all of them end; only with several ranks",
+        default=45.0, minimum=1.0, maximum=86400.0, unit="seconds",
+    )
     router_collapse: RouterCollapse | None = section("what is done about a router that has collapsed", optional=True)
 
     def check(self, config, path: str) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
     weights       elements * e; experts divided by N, everything else on every rank
     gradients     the same elements in float32
     optimizer     AdamW two moments, Muon one, and a master copy where dtype is not state_dtype; all in
-                  state_dtype; experts divided by N, everything else by the number of all ranks
+                  state_dtype, of what the rank keeps that keeps most (`nmoe.sharding`)
     activations   T times what a forward keeps for backward, per token: the final norm's input and output
                   (2 D e, and 4 for a norm's scale), 8 where documents are masked (on a GPU also in each
                   layer's first half), and in each layer
@@ -31,7 +31,9 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
                   the first half; "layer" leaves x and, of a MoE layer, the norm of h and the routing.
     rdep_buffers  for N > 1: N * T rows received and T * top_k rows returned in dtype, 12 bytes of index and
                   weight for each of N * T * top_k pairs, 4 for each weight's gradient returned, and two
-                  buffers of E + N counts of 8 bytes; on one rank nothing
+                  buffers of E + N counts of 8 bytes; on one rank nothing. T is that of an evaluation, if larger
+    reduction     for several ranks: what all hold once more in float32, where ranks show each other gradients and
+                  weights, and the sums of what the rank keeps of that
 
 They are not at their largest together: with one microbatch, activations shrink while gradients grow. The
 peak is the largest, over the moments of a step, of what is alive then. Weights, optimizer and buffers
@@ -73,6 +75,7 @@ from collections.abc import Iterator
 
 import attrs
 
+from nmoe.plan.ranks import is_expert, shares_of
 from nmoe.registry.config import Config
 from nmoe.registry.optimizer import Muon
 from nmoe.registry.output import RECOMPUTE
@@ -228,24 +231,27 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
     master = 0 if model.dtype == config.optimizer.state_dtype else state
     whole = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
     gradients: dict[str, int] = {}
+    kept: dict[str, int] = {}
     made: dict[str, int] = {}
+    alike = 0
     for parameter in model.parameters():
         elements = size(parameter.shape)
-        local, owned = elements, -(-elements // ranks)
-        if parameter.role == "expert":
-            local = owned = elements // ranks_per_node
-        count = MOMENTS[kinds[config.optimizer.group_of(parameter)]]
+        local = elements // ranks_per_node if parameter.role == "expert" else elements
         part = part_of(parameter.name)
         gradient = local * BYTES[config.optimizer.grad_dtype]
         gradients[part] = gradients.get(part, 0) + gradient
         made[part] = made.get(part, 0) + (0 if parameter.role == "expert" else gradient)
         whole["weights"] += local * element
-        whole["optimizer"] += owned * (count * state + master)
+        kept[parameter.name] = MOMENTS[kinds[config.optimizer.group_of(parameter)]] * state + master
+        alike += 0 if parameter.role == "expert" else elements
     whole["gradients"] = sum(gradients.values())
+    whole["optimizer"], owned = most_kept(config, kept, ranks, ranks_per_node)
     layers = [halves(config, layer, recompute, gradients, made) for layer in range(model.num_layers)]
     per_token = 2 * model.hidden_size * element + 4 + 8 * batch.document_mask
     whole["activations"] = tokens * (per_token + sum(half.kept for layer in layers for half in layer))
     whole["rdep_buffers"] = rdep_bytes(config, tokens, ranks_per_node)
+    if ranks > 1:
+        whole["reduction"] = 4 * (alike + owned)
 
     always = 24 * (batch.tokens_per_step // ranks) + (0 if config.platform.target == "cpu" else 2 * CUBLAS_WORKSPACE)
     several = batch.microbatches // ranks > 1
@@ -258,6 +264,19 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
         if at["total"] > peak["total"]:
             moment, peak = name, at
     return Memory(whole=whole, moment=moment, at_peak=peak)
+
+
+def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_node: int) -> tuple[int, int]:
+    """Bytes of state of the rank that keeps most, and elements of the one that adds most of what all ranks hold.
+
+    bytes_of: state of one element, by parameter.
+    """
+    state, sums = [0] * ranks, [0] * ranks
+    for share in shares_of(config, ranks, ranks_per_node):
+        count = share.stop - share.start
+        state[share.rank] += count * bytes_of[share.name]
+        sums[share.rank] += 0 if is_expert(share.name) else count
+    return max(state), max(sums)
 
 
 def part_of(name: str) -> str:
@@ -333,10 +352,12 @@ def optimizer_working(config: Config, group: str, kinds: dict[str, str]) -> int:
 
 
 def rdep_bytes(config: Config, tokens: int, ranks_per_node: int) -> int:
-    """Receive and return buffers of the expert transport."""
+    """Receive and return buffers of the expert transport. tokens: of a microbatch of training."""
     moe = config.model.moe
     if moe is None or ranks_per_node == 1:
         return 0
+    if config.eval.bpb is not None:
+        tokens = max(tokens, config.eval.bpb.sequences * config.batch.sequence_length)
     row = config.model.hidden_size * BYTES[config.model.dtype]
     pairs = tokens * moe.router.top_k
     counts = 2 * 8 * (moe.router.num_experts + ranks_per_node)

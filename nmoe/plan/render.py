@@ -30,6 +30,7 @@ def render(plan: Plan) -> str:
         *_schedule(plan),
         *_cost(plan),
         *_memory(plan),
+        *_ranks(plan),
         *_groups(plan),
         *_platform(plan),
     ]
@@ -172,6 +173,25 @@ def _memory(plan: Plan) -> Iterator[str]:
         sizes = [bytes_text(other.whole["activations"]), bytes_text(other.at_peak["total"])]
         cells.append([name, *sizes, other.moment])
     yield from rows(cells, "<>><")
+
+
+def _ranks(plan: Plan) -> Iterator[str]:
+    """Nothing for one rank, which keeps everything and sends nothing."""
+    if plan.ranks == 1:
+        return
+    yield from _title("what each rank keeps of the optimizer's state, in elements")
+    most = max(one.rows + one.matrices + one.experts for one in plan.balance)
+    cells = [["rank", "rows", "matrices", "experts", "of the most"]]
+    for one in plan.balance:
+        share = (one.rows + one.matrices + one.experts) / most
+        cells.append([str(one.rank), f"{one.rows:_}", f"{one.matrices:_}", f"{one.experts:_}", f"{share:.1%}"])
+    yield from rows(cells, ">>>>>")
+    yield ""
+    nodes = plan.ranks // plan.ranks_per_node
+    where = f"the {plan.ranks_per_node} ranks of a node" if nodes > 1 else f"{plan.ranks} ranks"
+    if plan.config.model.moe is not None and plan.ranks_per_node > 1:
+        yield f"  Tokens travel to their experts between {where} by `{plan.transport}`."
+    yield "  Sums over ranks are in the order of the microbatches: the bits are those of one rank."
 
 
 def _groups(plan: Plan) -> Iterator[str]:

@@ -20,6 +20,7 @@ from nmoe.plan.groups import group_rows
 from nmoe.plan.layers import Tree, load, load_text
 from nmoe.plan.plan import Milestone, Plan
 from nmoe.plan.positions import Path
+from nmoe.plan.ranks import balance_of, transport_of
 from nmoe.plan.structure import Broken, BrokenPart, Findings, components, dotted, problems_of, structure
 from nmoe.registry.component import Component
 from nmoe.registry.config import Config
@@ -52,7 +53,9 @@ def _plan(tree: Tree, ranks: int, ranks_per_node: int) -> Plan:
     _check(config, findings)
     if findings:
         raise ConfigError(findings.sorted())
-    _check_ranks(config, ranks, ranks_per_node)
+    found = rank_problems(config, ranks, ranks_per_node)
+    if found:
+        raise ConfigError(found)
     return _complete(tree, config, ranks, ranks_per_node)
 
 
@@ -95,8 +98,11 @@ def _name_of(path: Path, spec: Component) -> str:
     return f"[{dotted(path)}]" + (f' of kind "{kind}"' if kind else "")
 
 
-def _check_ranks(config: Config, ranks: int, ranks_per_node: int) -> None:
-    """Ranks take whole microbatches, nodes whole ranks, and each rank of a node the same number of experts."""
+def rank_problems(config: Config, ranks: int, ranks_per_node: int) -> list[Diagnostic]:
+    """What is wrong with a number of ranks for a config (N0119).
+
+    Ranks take whole microbatches, nodes whole ranks, and each rank of a node the same number of experts.
+    """
     found = []
     if ranks < 1 or ranks_per_node < 1:
         found.append((f"{ranks} ranks, {ranks_per_node} per node", "both are at least 1"))
@@ -111,8 +117,7 @@ def _check_ranks(config: Config, ranks: int, ranks_per_node: int) -> None:
         if moe is not None and moe.router.num_experts % ranks_per_node:
             message = f"{ranks_per_node} ranks of a node cannot share {moe.router.num_experts} experts evenly"
             found.append((message, "let --ranks-per-node divide num_experts"))
-    if found:
-        raise ConfigError([Diagnostic(code="N0119", message=m, place="--ranks", help=h) for m, h in found])
+    return [Diagnostic(code="N0119", message=m, place="--ranks", help=h) for m, h in found]
 
 
 def _check_sizes(tree: Tree, cost: Cost) -> None:
@@ -164,6 +169,8 @@ def _complete(tree: Tree, config: Config, ranks: int, ranks_per_node: int) -> Pl
         memory=cost.memory,
         ranks=ranks,
         ranks_per_node=ranks_per_node,
+        transport=transport_of(config, ranks_per_node),
+        balance=balance_of(config, ranks, ranks_per_node),
         runnable=not reasons,
         reasons=reasons,
         stock_class=stock_class(config.model),

@@ -38,7 +38,7 @@ def test_the_groups_cover_every_parameter_once(path):
         members[config.optimizer.group_of(parameter)].append((parameter.name, tensors[parameter.name]))
     with torch.device("meta"):
         optimizer = Optimizer([  # refuses a parameter that is in two groups, or twice in one
-            spec.build(name=name, parameters=members[name], state_dtype="fp32", rounding=Rounding(0))
+            spec.build(name=name, parameters=members[name], state_dtype="fp32", rounding=Rounding(0), places={})
             for name, spec in config.optimizer.groups().items()
         ])  # fmt: skip
     held = {n: (group.name, p) for group in optimizer.groups for n, p in group.parameters}
