@@ -16,17 +16,26 @@ from nmoe.model.block import Block
 from nmoe.model.init import initialize
 from nmoe.model.router import Router
 from nmoe.model.transformer import Transformer
-from nmoe.optim.groups import Optimizer
+from nmoe.optim import reduction
+from nmoe.optim.groups import DTYPES, Optimizer
+from nmoe.optim.reduction import Alone, Reduction
 from nmoe.optim.rounding import Rounding
 from nmoe.optim.wsd import Wsd
+from nmoe.part import Part
 from nmoe.plan.plan import Plan
+from nmoe.plan.ranks import is_expert, shares_of
+from nmoe.rdep.memory import Regions, Sizes
+from nmoe.rdep.node import Node
+from nmoe.sharding import Share
 
 
 @attrs.frozen(kw_only=True)
 class TrainingGraph:
-    """The parts of one training.
+    """The parts of one training, as one rank has them.
 
-    optimizer: the groups in the plan's order; every parameter is in exactly one.
+    optimizer: the groups in the plan's order; every parameter is in exactly one, and every share of it on one rank.
+    groups: the names of all parameters, by group. ranks: the others. shares: who keeps what, of all ranks; empty
+    for one rank, which keeps all.
     clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
     document_mask: attention stays within a document.
     tokens_per_step: the loss is a mean over these. device: where the model, its state and a step's work are.
@@ -34,6 +43,9 @@ class TrainingGraph:
 
     model: Transformer
     optimizer: Optimizer
+    groups: dict[str, list[str]]
+    ranks: Alone | Reduction
+    shares: tuple[Share, ...]
     rounding: Rounding
     schedule: Wsd
     loader: Loader
@@ -50,32 +62,69 @@ class TrainingGraph:
             if block.moe is not None:
                 yield index, block.moe.router
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Every tensor that exact resume needs, by logical name, sharing memory with the parts.
+    def state(self) -> dict[str, Part]:
+        """Every tensor that exact resume needs, by logical name, sharing memory with the parts: this rank's shares.
 
-        Weights appear as their masters; the weights proper follow from them (`refresh`).
+        Weights appear as their masters; the weights proper follow from them (`refresh`). What all ranks have alike
+        is whole here, and kept by rank 0 (`kept`).
         """
-        tensors = self.optimizer.state()
-        for layer, router in self.routers():
-            if router.bias_E is not None:
-                tensors[f"router.bias/layers.{layer}"] = router.bias_E
-        return tensors
+        return self.optimizer.parts() | self._alike()
+
+    def kept(self) -> dict[str, Part]:
+        """Of `state`, what this rank saves: over all ranks, every element once."""
+        return self.optimizer.parts() | (self._alike() if self.ranks.rank == 0 else {})
+
+    def _alike(self) -> dict[str, Part]:
+        return {
+            f"router.bias/layers.{layer}": Part.whole(router.bias_E)
+            for layer, router in self.routers()
+            if router.bias_E is not None
+        }
 
     def refresh(self) -> None:
         """Recompute what follows from the state: the weights from their masters."""
         self.optimizer.refresh()
+        self.ranks.share()
 
 
-def build(plan: Plan) -> TrainingGraph:
+def transport_sizes(plan: Plan, ranks: int) -> Sizes | None:
+    """What the expert transport's buffers are for: the largest microbatch, of training or evaluation."""
+    config = plan.config
+    if config.model.moe is None:
+        return None
+    sequences = config.batch.microbatch
+    if config.eval.bpb is not None:
+        sequences = max(sequences, config.eval.bpb.sequences)
+    return Sizes(
+        ranks=ranks,
+        tokens=sequences * config.batch.sequence_length,
+        num_experts=config.model.moe.router.num_experts,
+        top_k=config.model.moe.router.top_k,
+        hidden_size=config.model.hidden_size,
+        dtype=DTYPES[config.model.dtype],
+    )
+
+
+def regions_of(plan: Plan, ranks: int, *, values: int) -> Regions:
+    """The memory that each rank of a node shares with the others. values: as `reduction.regions`."""
+    sizes = transport_sizes(plan, ranks)
+    alike = [share for share in shares_of(plan.config, ranks, ranks) if not is_expert(share.name)]
+    return {**({} if sizes is None else sizes.regions()), **reduction.regions(alike, values)}
+
+
+def build(plan: Plan, node: Node | None = None) -> TrainingGraph:
     """Assemble the parts on the plan's device and draw the initial weights.
 
+    node: the ranks of which this is one, with the memory of `regions_of`; None is one rank alone.
     Draws are float32 on the CPU on every target, and copied: 8.5 s of one core for a billion weights (2026-11-24).
     RunError N0507 if the data's tokenizer has more tokens than the model has room for.
     """
     config = plan.config
     device = platform.device(config.platform.target)
+    rank, ranks = (0, 1) if node is None else (node.rank, node.ranks)
     with device:
-        model = config.model.build(transport=config.transport.build(), recompute=config.output.recompute)
+        transport = config.transport.build(node=node, sizes=transport_sizes(plan, ranks))
+        model = config.model.build(transport=transport, recompute=config.output.recompute)
     shapes = list(config.model.parameters())
     initialize(
         model,
@@ -83,17 +132,36 @@ def build(plan: Plan) -> TrainingGraph:
         seed=config.random.seed,
         init_std=config.model.init_std,
         residual_init_scale=config.model.residual_init_scale,
+        rank=rank,
+        ranks=ranks,
     )
 
-    rounding = Rounding(config.random.seed)
+    shares = () if node is None else shares_of(plan.config, ranks, ranks)
     tensors = dict(model.named_parameters())
-    members: dict[str, list[tuple[str, torch.nn.Parameter]]] = {name: [] for name in config.optimizer.groups()}
+    owned = tensors if node is None else shards(tensors, [share for share in shares if share.rank == rank])
+    places = {share.name: (share.start, share.shape) for share in shares if share.rank == rank}
+    rounding = Rounding(config.random.seed)
+    names: dict[str, list[str]] = {name: [] for name in config.optimizer.groups()}
     for parameter in shapes:
-        members[config.optimizer.group_of(parameter)].append((parameter.name, tensors[parameter.name]))
+        names[config.optimizer.group_of(parameter)].append(parameter.name)
     groups = [
-        spec.build(name=name, parameters=members[name], state_dtype=config.optimizer.state_dtype, rounding=rounding)
+        spec.build(
+            name=name,
+            parameters=[(logical, owned[logical]) for logical in names[name] if logical in owned],
+            state_dtype=config.optimizer.state_dtype,
+            rounding=rounding,
+            places=places,
+        )
         for name, spec in config.optimizer.groups().items()
     ]
+    together: Alone | Reduction = Alone()
+    if node is not None:
+        together = Reduction(
+            node=node,
+            parameters={name: parameter for name, parameter in tensors.items() if not is_expert(name)},
+            shares=[share for share in shares if not is_expert(share.name)],
+            owned=owned,
+        )
 
     mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
     if mixture.vocab_size > config.model.vocab_size:
@@ -106,6 +174,9 @@ def build(plan: Plan) -> TrainingGraph:
     graph = TrainingGraph(
         model=model,
         optimizer=Optimizer(groups),
+        groups=names,
+        ranks=together,
+        shares=shares,
         rounding=rounding,
         schedule=config.schedule.build(),
         loader=Loader(mixture, sequences=config.batch.sequences, microbatch=config.batch.microbatch),
@@ -121,3 +192,17 @@ def build(plan: Plan) -> TrainingGraph:
             sequence_length=config.batch.sequence_length, tokens_per_step=config.batch.tokens_per_step
         )
     return graph
+
+
+def shards(tensors: dict[str, torch.nn.Parameter], shares: list[Share]) -> dict[str, torch.nn.Parameter]:
+    """Shares of parameters as parameters of their own that share their memory; experts are here as they are kept."""
+    found = {}
+    for share in shares:
+        whole = tensors[share.name]
+        if is_expert(share.name):
+            found[share.name] = whole
+            continue
+        shard = torch.nn.Parameter(whole.detach().view(-1)[share.start : share.stop].view(share.local_shape))
+        shard.grad_dtype = torch.float32
+        found[share.name] = shard
+    return found

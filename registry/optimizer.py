@@ -18,7 +18,7 @@ class Group(Component):
         "decoupled weight decay of the matrices, times the rate", default=0.1, minimum=0.0, maximum=1000.0
     )
 
-    def build(self, *, name: str, parameters, state_dtype: str, rounding):
+    def build(self, *, name: str, parameters, state_dtype: str, rounding, places):
         """The group at work on `parameters`, (logical name, tensor) pairs: nmoe.optim.groups.Group."""
         raise NotImplementedError
 
@@ -45,12 +45,12 @@ class AdamW(Group):
     beta2: float = key("decay of the second moment", default=0.95, minimum=0.0, below=1.0)
     eps: float = key("added to the root of the second moment", default=1e-8, above=0.0, maximum=1.0)
 
-    def build(self, *, name: str, parameters, state_dtype, rounding):
+    def build(self, *, name: str, parameters, state_dtype, rounding, places):
         from nmoe.optim.adamw import AdamW as Run
 
         return Run(
             name=name, parameters=parameters, lr=self.lr, lr_floor=self.lr_floor, weight_decay=self.weight_decay,
-            beta1=self.beta1, beta2=self.beta2, eps=self.eps, state_dtype=state_dtype, rounding=rounding,
+            beta1=self.beta1, beta2=self.beta2, eps=self.eps, state_dtype=state_dtype, rounding=rounding, places=places,
         )
 
 
@@ -71,14 +71,14 @@ class Muon(Group):
         default="match_rms_adamw", choices=("original", "match_rms_adamw"),
     )
 
-    def build(self, *, name: str, parameters, state_dtype, rounding):
+    def build(self, *, name: str, parameters, state_dtype, rounding, places):
         from nmoe.optim.muon import Muon as Run
 
         return Run(
             name=name, parameters=parameters, lr=self.lr, lr_floor=self.lr_floor, weight_decay=self.weight_decay,
             momentum=self.momentum, nesterov=self.nesterov, ns_steps=self.ns_steps,
             ns_coefficients=self.ns_coefficients, ns_dtype=self.ns_dtype, eps=self.eps,
-            adjust_lr=self.adjust_lr, state_dtype=state_dtype, rounding=rounding,
+            adjust_lr=self.adjust_lr, state_dtype=state_dtype, rounding=rounding, places=places,
         )
 
 

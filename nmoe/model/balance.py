@@ -120,7 +120,8 @@ class Balance:
     def __init__(self, losses: Sequence[tuple[float, BalanceLoss]], *, tokens_per_step: int) -> None:
         self.losses = list(losses)
         self.tokens_per_step = tokens_per_step
-        self._recorded: list[tuple[int, list[Tensor]]] = []
+        self._terms: list[Tensor] = []
+        self._tokens = 0
 
     def inject(self, weights_TK: Tensor, logits_TE: Tensor, score_TE: Tensor, best_TK: Tensor) -> Tensor:
         """weights_TK as they are; backward adds the losses' gradient to that of logits_TE.
@@ -139,17 +140,26 @@ class Balance:
 
     def record(self, tokens: int, means: list[Tensor]) -> None:
         """One microbatch has gone backward: its tokens, and each loss's mean over them."""
-        self._recorded.append((tokens, means))
+        self._terms.append(torch.stack(means).double() * tokens)
+        self._tokens += tokens
+
+    def terms(self) -> Tensor:
+        """Each microbatch's T L of every loss, as recorded since `clear`: (M, losses) float64, on the CPU."""
+        return torch.stack(self._terms).cpu() if self._terms else torch.empty(0, len(self.losses), dtype=torch.float64)
+
+    def replace(self, terms: Tensor, tokens: int) -> None:
+        """As if this router had seen all ranks' microbatches: their `terms`, and how many tokens they have together."""
+        self._terms, self._tokens = list(terms), tokens
 
     def means(self) -> dict[str, float]:
         """Each loss by name, without its coefficient: the mean over the tokens since `clear`. Nothing before any."""
-        tokens = sum(count for count, _ in self._recorded)
+        terms = self.terms()
         return {
-            loss.name: math.fsum(count * means[index].item() for count, means in self._recorded) / tokens
+            loss.name: math.fsum(terms[:, index].tolist()) / self._tokens
             for index, (_, loss) in enumerate(self.losses)
-            if tokens
+            if self._tokens
         }
 
     def clear(self) -> None:
         """Forgets what was recorded."""
-        self._recorded.clear()
+        self._terms, self._tokens = [], 0

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nmoe.optim import norm
-from nmoe.optim.groups import Group
+from nmoe.optim.groups import WHOLE, Group, Places
 from nmoe.optim.rounding import BLOCK, Rounding
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ class AdamW(Group):
         eps: float,
         state_dtype: str,
         rounding: Rounding,
+        places: Places = WHOLE,
     ):
         super().__init__(
             name=name,
@@ -60,6 +61,7 @@ class AdamW(Group):
             weight_decay=weight_decay,
             state_dtype=state_dtype,
             rounding=rounding,
+            places=places,
         )
         self.beta1 = beta1
         self.beta2 = beta2
@@ -168,6 +170,7 @@ class AdamW(Group):
 
         The update uses m and v before they are rounded.
         """
+        first, _ = self.places[logical]
         kept = {
             f"master/{logical}": self.masters[logical].view(-1),
             f"adamw.exp_avg/{logical}": self.exp_avg[logical].view(-1),
@@ -179,4 +182,4 @@ class AdamW(Group):
             self._update([quad], step=step, rate=rate, decay=decay)
             for (name, tensor), value in zip(kept.items(), (master, exp_avg, exp_avg_sq), strict=True):
                 out = tensor[start : start + BLOCK]
-                self.rounding.write(out, value, update=update, tensor=name, start=start)
+                self.rounding.write(out, value, update=update, tensor=name, start=first + start)

@@ -6,10 +6,14 @@ master rounded (bf16 weight, fp32 master) or its exact value (fp32 weight, bf16 
 
 Everything that an exact resume needs is in `state()`: tensors by logical name. The caller writes
 into them in place and calls `refresh()`.
+
+On several ranks a group has this rank's shares of its parameters (`nmoe.sharding`), each as a parameter of
+its own; `places` says where they lie in the logical tensors, and `parts()` says it of the state.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +21,13 @@ import torch
 from nmoe.errors import fail
 from nmoe.optim import norm
 from nmoe.optim.rounding import Rounding
+from nmoe.part import Part
+
+Places = Mapping[str, tuple[int, tuple[int, ...]]]
+"""Where a share lies, by the parameter's name: its first element, and the shape of the logical tensor."""
+
+WHOLE: Places = MappingProxyType({})
+"""No parameter is a share."""
 
 if TYPE_CHECKING:
     from nmoe.kernels.grad_norm import GradNorm
@@ -30,6 +41,7 @@ class Group(ABC):
     parameters: (logical name, parameter), initialised, contiguous, float32 or bfloat16.
     lr, lr_floor: the rate is lr_floor + (lr - lr_floor) * scale. weight_decay: decoupled, times the
     rate, for tensors of two and more dimensions. state_dtype: "fp32" or "bf16" (stochastic rounding).
+    places: of parameters that are shares; one that is not named there is whole.
     Building a group whose state is narrower than a weight rounds the weight to it, to nearest.
     """
 
@@ -43,6 +55,7 @@ class Group(ABC):
         weight_decay: float,
         state_dtype: str,
         rounding: Rounding,
+        places: Places,
     ):
         self.name = name
         self.parameters = list(parameters)
@@ -51,6 +64,7 @@ class Group(ABC):
         self.weight_decay = weight_decay
         self.state_dtype = DTYPES[state_dtype]
         self.rounding = rounding
+        self.places = {logical: places.get(logical, (0, tuple(p.shape))) for logical, p in self.parameters}
         self.masters: dict[str, torch.Tensor] = {}
         for logical, parameter in self.parameters:
             if logical in self.masters:
@@ -87,6 +101,10 @@ class Group(ABC):
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of this group that exact resume needs, by logical name, not copied."""
         return {f"master/{logical}": master for logical, master in self.masters.items()} | self.moments()
+
+    def parts(self) -> dict[str, Part]:
+        """`state()`, and where each of its tensors lies in its logical one."""
+        return {name: Part(tensor, *self.places[name.partition("/")[2]]) for name, tensor in self.state().items()}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -158,6 +176,10 @@ class Optimizer:
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor that exact resume needs, by logical name, not copied."""
         return {name: tensor for group in self.groups for name, tensor in group.state().items()}
+
+    def parts(self) -> dict[str, Part]:
+        """`state()`, and where each of its tensors lies in its logical one."""
+        return {name: part for group in self.groups for name, part in group.parts().items()}
 
     def refresh(self) -> None:
         """Recomputes the weights from the masters, after `state()` has been written to."""

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from nmoe.errors import fail
-from nmoe.optim.groups import DTYPES, Group
+from nmoe.optim.groups import DTYPES, WHOLE, Group, Places
 from nmoe.optim.rounding import Rounding
 
 PIECE = 1 << 24
@@ -54,6 +54,7 @@ class Muon(Group):
         adjust_lr: str,
         state_dtype: str,
         rounding: Rounding,
+        places: Places = WHOLE,
     ):
         super().__init__(
             name=name,
@@ -63,6 +64,7 @@ class Muon(Group):
             weight_decay=weight_decay,
             state_dtype=state_dtype,
             rounding=rounding,
+            places=places,
         )
         for logical, parameter in self.parameters:
             if parameter.ndim < 2:
@@ -137,7 +139,8 @@ class Muon(Group):
     def _keep(self, kept: torch.Tensor, moved: torch.Tensor, start: int, name: str, update: int) -> None:
         """Writes float32 matrices from number `start` on back into bfloat16 state; float32 state is them already."""
         if kept.dtype != torch.float32:
-            first = start * moved[0].numel()
+            offset, _ = self.places[name.partition("/")[2]]
+            first = offset + start * moved[0].numel()
             self.rounding.write(kept.view(-1), moved.view(-1), update=update, tensor=name, start=first)
 
 

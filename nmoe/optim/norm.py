@@ -73,16 +73,23 @@ def squared_norms(groups: Mapping[str, Iterable[tuple[str, torch.nn.Parameter]]]
 
     groups: the optimizer groups by name, each a list of (name, parameter), gradients in float32.
     """
+    rows = {
+        group: {name: row_sums(gradient(name, parameter)) for name, parameter in members}
+        for group, members in groups.items()
+    }
+    return norms_of(rows)
+
+
+def norms_of(rows: Mapping[str, Mapping[str, torch.Tensor]]) -> Norms:
+    """As `squared_norms`, from the sums of all rows of each parameter, by group and name."""
     parameters: dict[str, torch.Tensor] = {}
     by_group: dict[str, torch.Tensor] = {}
-    device = next((parameter.device for members in groups.values() for _, parameter in members), None)
-    for group, members in groups.items():
-        parts = []
-        for name, parameter in members:
-            parameters[name] = ordered_sum(row_sums(gradient(name, parameter)))
-            parts.append(parameters[name])
+    device = next((sums.device for members in rows.values() for sums in members.values()), None)
+    for group, members in rows.items():
+        sums = {name: ordered_sum(row_sum) for name, row_sum in members.items()}
+        parameters |= sums
         nothing = torch.zeros((), dtype=torch.float64, device=device)
-        by_group[group] = ordered_sum(torch.stack(parts)) if parts else nothing
+        by_group[group] = ordered_sum(torch.stack(list(sums.values()))) if sums else nothing
     return Norms(parameters=parameters, groups=by_group, total=ordered_sum(torch.stack(list(by_group.values()))))
 
 

@@ -1,7 +1,8 @@
 """One step: microbatches forward and backward, clip, rates, optimizer, router bias.
 
 The microbatch is the unit of arithmetic. Each one's gradient is computed on its own in float32 and
-added to the step's in the order 0 .. V-1, so that the sum does not depend on who computed which.
+added to the step's in the order 0 .. V-1, so that the sum does not depend on who computed which: rank r of N
+takes microbatch jN + r in pass j (`nmoe.optim.reduction`).
 The loss is the mean over the step's tokens:
 
     L = (1 / T) sum over microbatches v of sum over tokens t in v of -log p(target_t),   T = B * S
@@ -24,11 +25,13 @@ import attrs
 import torch
 from torch import Tensor
 
+from nmoe import platform
 from nmoe.data.loader import TokenBatch
-from nmoe.errors import fail
+from nmoe.errors import RunError, fail
 from nmoe.graph import TrainingGraph
 from nmoe.model.loss import chunk_of, linear_cross_entropy
 from nmoe.optim import norm
+from nmoe.train.tally import Tally, exchange
 
 Observer = Callable[[int, str], None]
 
@@ -44,13 +47,14 @@ class Routed:
 
 @attrs.frozen(kw_only=True)
 class StepResult:
-    """What one step measured.
+    """What one step measured, over all ranks.
 
     loss: mean nats per token. bits_per_byte: the same in bits over the bytes of text that the
     targets stand for. norms: gradient norm of each group; norm: of all, before clipping.
     clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
     group's learning rate. routed: what each layer's router counted, before the routers' `end_step`.
-    seconds: wall time by part; on a GPU the host's, whose wait for the device falls into `norm`.
+    seconds: wall time by part on this rank; on a GPU the host's, whose wait for the device falls into `norm`.
+    memory: of each rank.
     """
 
     loss: float
@@ -62,23 +66,30 @@ class StepResult:
     rates: dict[str, float]
     routed: dict[int, Routed]
     seconds: dict[str, float]
+    memory: list[platform.Memory]
 
 
-def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen: int, observe: Observer) -> StepResult:
-    """Train on one batch.
+def run_step(
+    graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen: int, observe: Observer
+) -> StepResult:
+    """Train on one batch, which is the whole step's on every rank.
 
     step counts from 1; tokens_seen includes this step. observe(step, phase) is called as each phase
-    begins. Raises RunError N0501 or N0502 if the loss or the gradient is not finite.
+    begins.
+    Raises RunError N0501 or N0522 if the loss or the gradient is not finite.
     """
     started = time.perf_counter()
     graph.optimizer.clear_gradients()
+    graph.ranks.clear()
     graph.model.train()
     share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
     losses = []
     head_VD = graph.model.head.weight_VD
     forward_seconds = 0.0
-    tensors = [to_device(t, graph.device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)]
-    for input_ids_BS, targets_BS, document_ids_BS in zip(*(t.split(graph.microbatch) for t in tensors), strict=True):
+    ours = slice(graph.ranks.rank, None, graph.ranks.ranks)
+    whole = (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
+    mine = [[to_device(part, graph.device) for part in t.split(graph.microbatch)[ours]] for t in whole]
+    for input_ids_BS, targets_BS, document_ids_BS in zip(*mine, strict=True):
         before = time.perf_counter()
         observe(step, "forward")
         h_TD = graph.model(input_ids_BS, document_ids_BS if graph.document_mask else None)
@@ -88,12 +99,13 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
         observe(step, "backward")
         loss_sum.backward(gradient=share)
         losses.append(loss_sum.detach())
+        graph.ranks.add()
+    graph.ranks.deliver()
     backward_seconds = time.perf_counter() - started - forward_seconds
 
     before = time.perf_counter()
-    members = graph.optimizer.members()
-    norms = graph.optimizer.squared_norms()  # a GPU has it in its queue before the host waits for the first figure
-    nats: list[float] = torch.stack(losses).tolist()
+    told = exchange(graph, digest=batch.digest, losses=losses, memory=platform.memory(graph.device.type))
+    nats, norms = told.nats, told.norms
     total = norms.total.sqrt().item()
     for index, value in enumerate(nats):
         if not math.isfinite(value):
@@ -104,7 +116,7 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
                 help="weights are as they were before the step; lower the rate or look at the batch",
             )
     if not math.isfinite(total):
-        raise norm.not_finite(members, step=step, notes=(f"batch {batch.digest}",))
+        raise not_finite(graph, told, step=step, batch=batch)
     clip = norm.clip_coefficient(norms.total, graph.clip_norm)
     by_group = dict(zip(norms.groups, torch.stack(list(norms.groups.values())).sqrt().tolist(), strict=True))
     clipped = clip.item()
@@ -115,6 +127,7 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
     observe(step, "optimizer")
     factor = graph.schedule.scale(tokens_seen)
     graph.optimizer.step(step=step, scale=factor, grad_scale=clip)
+    graph.ranks.share()
     optimizer_seconds = time.perf_counter() - before
 
     total_nats = math.fsum(nats)
@@ -133,12 +146,33 @@ def run_step(graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen:
             "norm": norm_seconds,
             "optimizer": optimizer_seconds,
         },
+        memory=told.memory,
     )
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor there; a GPU copies it from pinned memory when its turn comes, and the host goes on."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def not_finite(graph: TrainingGraph, told: Tally, *, step: int, batch: TokenBatch) -> RunError:
+    """The error of a step whose gradients have no norm; on several ranks the owner of the first at fault names it."""
+    notes = (f"batch {batch.digest}",)
+    mine = graph.optimizer.members()
+    for group, members in graph.groups.items():
+        for name in members:
+            if math.isfinite(told.norms.parameters[name]):
+                continue
+            if any(name == owned for owned, _ in mine[group]):
+                return norm.not_finite({group: [m for m in mine[group] if m[0] == name]}, step=step, notes=notes)
+            return fail(
+                "N0522",
+                f"the gradient of `{name}` is not finite; another rank keeps it, and says where",
+                place=f"step {step}, group `{group}`",
+                help="weights are as they were before the step; lower the rate or look at the batch",
+                notes=notes,
+            )
+    return norm.not_finite(mine, step=step, notes=notes)
 
 
 def routed(graph: TrainingGraph) -> dict[int, Routed]:

@@ -104,7 +104,7 @@ def train_ours(
         parameters = [(n, torch.nn.Parameter(w.to(weight_dtype, copy=True))) for n, w in first[name].items()]
         for _, parameter in parameters:
             parameter.grad_dtype = torch.float32
-        groups.append(spec.build(name=name, parameters=parameters, state_dtype="fp32", rounding=rounding))
+        groups.append(spec.build(name=name, parameters=parameters, state_dtype="fp32", rounding=rounding, places={}))
     optimizer, (rates, _) = Optimizer(groups), schedule(steps)
     for step in range(1, steps + 1):
         for group in groups:

@@ -45,10 +45,12 @@ def bias(kind: str) -> dict[str, float]:
 
     Returns |S| / t, with t at a probability of CHANCE.
     """
-    rounded = SPECS[kind].build(name="group", parameters=weights(), state_dtype="bf16", rounding=Rounding(3))
+    rounded = SPECS[kind].build(name="group", parameters=weights(), state_dtype="bf16", rounding=Rounding(3), places={})
     shift, squares = {}, {}
     for step in range(1, 21):
-        exact = SPECS[kind].build(name="group", parameters=weights(), state_dtype="fp32", rounding=Rounding(0))
+        exact = SPECS[kind].build(
+            name="group", parameters=weights(), state_dtype="fp32", rounding=Rounding(0), places={}
+        )
         before = {name: tensor.double() for name, tensor in rounded.state().items()}
         for name, tensor in exact.state().items():
             tensor.copy_(before[name])
@@ -90,7 +92,9 @@ def test_the_order_of_tensors_does_not_matter(kind):
     runs = []
     for names in (list(SHAPES), list(SHAPES)[::-1], ["x"]):
         parameters = weights(names)
-        group = SPECS[kind].build(name="group", parameters=parameters, state_dtype="bf16", rounding=Rounding(3))
+        group = SPECS[kind].build(
+            name="group", parameters=parameters, state_dtype="bf16", rounding=Rounding(3), places={}
+        )
         for step in (1, 2, 3):
             gradients(parameters, step)
             group.step(step=step, scale=1.0, grad_scale=ONE)

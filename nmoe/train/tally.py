@@ -1,0 +1,99 @@
+"""What every rank tells the others once in a step, so that all of them decide the same.
+
+It travels as one vector of float64, in which counts are exact up to 2^53 and float32 values are what they were:
+the batch, memory, the losses of the rank's microbatches, each router's load and balance losses, and the sum of
+each row of its gradients. The loads and balance losses of all ranks then stand in the
+routers, and everybody computes the same norm from the same rows.
+"""
+
+import attrs
+import torch
+from torch import Tensor
+
+from nmoe import platform
+from nmoe.errors import fail
+from nmoe.graph import TrainingGraph
+from nmoe.optim.norm import Norms, gradient, norms_of, row_sums
+from nmoe.optim.reduction import Alone
+from nmoe.plan.plan import Plan
+from nmoe.sharding import Share
+
+DIGEST_DIGITS = 13
+"""Hexadecimal digits of a batch's digest that a float64 holds."""
+
+HEAD = 5
+MOST_LOSSES = 2
+"""Balance losses of a router, at most."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Tally:
+    """All ranks' together.
+
+    nats: the loss of each microbatch of the step, in their order. memory: each rank's. norms: of the gradients.
+    """
+
+    nats: list[float]
+    memory: list[platform.Memory]
+    norms: Norms
+
+
+def most_values(plan: Plan, shares: tuple[Share, ...], ranks: int) -> int:
+    """Values of the longest vector that a rank tells."""
+    moe, microbatches = plan.config.model.moe, plan.config.batch.microbatches
+    routers = plan.config.model.num_layers * (moe.router.num_experts + MOST_LOSSES * microbatches) if moe else 0
+    rows = max(sum(share.rows for share in shares if share.rank == rank) for rank in range(ranks))
+    return HEAD + microbatches + routers + rows
+
+
+def exchange(graph: TrainingGraph, *, digest: str, losses: list[Tensor], memory: platform.Memory) -> Tally:
+    """Tell, and hear, at the end of a step's backward. losses: of this rank's microbatches.
+
+    RunError N0509 if a rank has another batch.
+    """
+    if isinstance(graph.ranks, Alone):
+        norms = graph.optimizer.squared_norms()  # a GPU has it in its queue before the host waits for the losses
+        return Tally(nats=torch.stack(losses).tolist(), memory=[memory], norms=norms)
+
+    routers = [router for _, router in graph.routers()]
+    batch = int(digest[:DIGEST_DIGITS], 16)
+    head = [batch, *attrs.astuple(memory)]
+    terms = [router.balance.terms() for router in routers if router.balance is not None]
+    owned = graph.ranks.owned
+    owned_rows = [row_sums(gradient(share.name, owned[share.name])) for share in _of(graph, graph.ranks.rank)]
+    mine = [torch.tensor(head), torch.stack(losses), *(router.load_E for router in routers), *terms, *owned_rows]
+    told = graph.ranks.gather(torch.cat([part.to("cpu", torch.float64).view(-1) for part in mine]))
+
+    sizes = [part.numel() for part in mine[: len(mine) - len(owned_rows)]]
+    parts = [vector.split([*sizes, *(share.rows for share in _of(graph, rank))]) for rank, vector in enumerate(told)]
+    heads = [part[0].long().tolist() for part in parts]
+    for rank, (other, *_) in enumerate(heads):
+        if other != batch:
+            raise fail(
+                "N0509",
+                f"rank {rank} has the batch {other:013x}..., rank {graph.ranks.rank} {digest[:DIGEST_DIGITS]}...",
+                place="the ranks' batches of one step",
+                help="all ranks must read the same data: compare `nmoe verify RUN --read-data` on their machines",
+            )
+    for index, router in enumerate(routers):
+        router.load_E.copy_(torch.stack([part[2 + index] for part in parts]).sum(0).long())
+    with_losses = [router for router in routers if router.balance is not None]
+    for index, router in enumerate(with_losses):
+        assert router.balance is not None
+        all_terms = torch.cat([part[2 + len(routers) + index] for part in parts])
+        router.balance.replace(all_terms.view(-1, len(router.balance.losses)), graph.tokens_per_step)
+    sums: dict[str, list[Tensor]] = {}
+    rest = [iter(part[len(sizes) :]) for part in parts]
+    for share in graph.shares:
+        sums.setdefault(share.name, []).append(next(rest[share.rank]))
+    return Tally(
+        nats=torch.stack([part[1] for part in parts], dim=1).view(-1).tolist(),
+        memory=[platform.Memory(**dict(zip(attrs.asdict(memory), found[1:], strict=True))) for found in heads],
+        norms=norms_of(
+            {group: {name: torch.cat(sums[name]) for name in names} for group, names in graph.groups.items()}
+        ),
+    )
+
+
+def _of(graph: TrainingGraph, rank: int) -> list[Share]:
+    return [share for share in graph.shares if share.rank == rank]
