@@ -16,6 +16,9 @@ import click
 def command(config: str, sets: tuple[str, ...], new_lineage: bool) -> None:
     """Train what CONFIG says.
 
+    On several CPU ranks it is started by torchrun, and gives the same bits:
+    torchrun --standalone --nproc-per-node=2 -m nmoe train CONFIG.
+
     Starts the run or, when its directory holds one of the same fingerprint, continues it exactly
     where the last checkpoint stands. Run again after it is complete, it says so.
 
@@ -30,5 +33,6 @@ def command(config: str, sets: tuple[str, ...], new_lineage: bool) -> None:
     from nmoe.train.loop import train
 
     outcome = train(plan, config_text=Path(config).read_text(encoding="utf-8"), new_lineage=new_lineage)
-    click.echo(outcome.summary)
+    if outcome.summary:
+        click.echo(outcome.summary)
     raise SystemExit(outcome.exit_code)

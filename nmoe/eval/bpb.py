@@ -5,7 +5,7 @@
 Every byte of the held-out text is scored exactly once: the stream is cut into windows of S tokens
 whose targets do not overlap, and the last window is shorter. The first token of each document is
 predicted from the end-of-document token before it. Sums are taken in float64, batch after batch, so
-the figure does not depend on anything but the weights and the text.
+the figure does not depend on anything but the weights and the text, nor on how many ranks score it.
 
 The evaluation draws no random number, leaves the routers' load counters alone (the model is in
 evaluation mode) and reads nothing that training reads later.
@@ -22,8 +22,10 @@ from nmoe.errors import fail
 from nmoe.eval.lockstep import calls
 from nmoe.model.loss import token_losses
 from nmoe.model.transformer import Transformer
+from nmoe.optim.reduction import Alone, Reduction
 
 CHUNK_TOKENS = 1024
+ALONE = Alone()
 
 
 @attrs.frozen(kw_only=True)
@@ -52,11 +54,13 @@ def evaluate(
     *,
     sequences: int,
     document_mask: bool = False,
+    ranks: Alone | Reduction = ALONE,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> BpbResult:
     """Score every held-out window, `sequences` at a time.
 
-    document_mask: attention stays within a document, as it did in training.
+    document_mask: attention stays within a document, as it did in training. ranks: those that share the model;
+    each scores every N-th batch, and all get the same figure.
     on_batch(done, total) is called after each forward pass. The model is left in the mode it was in.
     windows: with at least one byte (`require_text`).
     """
@@ -64,26 +68,27 @@ def evaluate(
     model.eval()
     try:
         total = -(-len(windows) // sequences)
-        nats, tokens, num_bytes = [], 0, 0
-        for done, index in enumerate(calls(total, 0, 1), start=1):
-            assert index is not None
-            batch = windows.batch(index * sequences, sequences)
+        scored = []
+        for done, index in enumerate(calls(total, ranks.rank, ranks.ranks), start=1):
+            # Past the last window a batch has its shape and no target that counts.
+            batch = windows.batch((total if index is None else index) * sequences, sequences)
             ids_BS, targets_BS, documents_BS = (
                 t.to(device) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
             )
             h_TD = model(ids_BS, documents_BS if document_mask else None)
             losses_T = token_losses(h_TD, model.head.weight_VD, targets_BS.reshape(-1), chunk_tokens=CHUNK_TOKENS)
-            nats.append(losses_T.cpu()[batch.valid_BS.reshape(-1)].double().sum().item())
-            tokens += int(batch.valid_BS.sum())
-            num_bytes += batch.num_bytes
+            nats = losses_T.cpu()[batch.valid_BS.reshape(-1)].double().sum()
+            mine = [nats, batch.valid_BS.sum(), batch.num_bytes]
+            scored.extend(ranks.gather(torch.tensor(mine, dtype=torch.float64)))
             if on_batch is not None:
-                on_batch(done, total)
+                on_batch(min(done * ranks.ranks, total), total)
     finally:
         model.train(was_training)
-    total_nats = math.fsum(nats)
+    nats, tokens, num_bytes = (column.tolist() for column in torch.stack(scored, dim=1))
+    total_nats, num_tokens, total_bytes = math.fsum(nats), int(sum(tokens)), int(sum(num_bytes))
     return BpbResult(
-        bits_per_byte=total_nats / (math.log(2) * num_bytes),
-        loss=total_nats / tokens,
-        num_tokens=tokens,
-        num_bytes=num_bytes,
+        bits_per_byte=total_nats / (math.log(2) * total_bytes),
+        loss=total_nats / num_tokens,
+        num_tokens=num_tokens,
+        num_bytes=total_bytes,
     )

@@ -44,21 +44,25 @@ def duration(seconds: float) -> str:
 class Progress:
     """Writes the state of a run to stderr.
 
-    every: steps between lines where stderr is no terminal. On a terminal each step renews the line.
+    every: steps between lines where stderr is no terminal. On a terminal each step renews the line. silent: of
+    several ranks one speaks.
     """
 
-    def __init__(self, *, total_steps: int, total_tokens: int, every: int, stream: TextIO | None = None):
+    def __init__(
+        self, *, total_steps: int, total_tokens: int, every: int, stream: TextIO | None = None, silent: bool = False
+    ):
         self.total_steps = total_steps
         self.total_tokens = total_tokens
         self.every = every
         self.stream = sys.stderr if stream is None else stream
-        self.live = platform.is_terminal(self.stream)
+        self.silent = silent
+        self.live = not silent and platform.is_terminal(self.stream)
         self._open_line = False
 
     def step(self, step: int, tokens_seen: int, loss: float, bits_per_byte: float, rate: Throughput) -> None:
         """One finished step."""
         last = step == self.total_steps
-        if not self.live and step % self.every and not last and step != 1:
+        if self.silent or (not self.live and step % self.every and not last and step != 1):
             return
         eta = rate.eta_seconds(self.total_tokens - tokens_seen)
         width = len(str(self.total_steps))
@@ -87,6 +91,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
+        if self.silent:
+            return
         if self._open_line:
             self.stream.write("\r\x1b[2K")
             self._open_line = False

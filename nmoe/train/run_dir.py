@@ -3,7 +3,7 @@
     RUN/config.toml      the config as its author wrote it         RUN/lock, owner.json   its one owner
     RUN/resolved.toml    every value of the plan, as a config      RUN/events.jsonl       its history
     RUN/plan.json        `nmoe build --json` of it                 RUN/checkpoints/       its states
-    RUN/env.json         the environment of the newest attempt
+    RUN/env.json         the environment of the newest attempt    RUN/error*.json      why it ended, if it failed
 
 A directory belongs to one fingerprint. The same plan again continues it; keys outside the
 fingerprint may differ from start to start, and then the three files and an event say so. Another
@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import attrs
+
 from nmoe.checkpoint import disk
 from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.reader import head_step
@@ -27,11 +29,41 @@ from nmoe.plan.diff import differing, flat
 from nmoe.plan.fingerprint import is_outside
 from nmoe.plan.plan import Plan
 from nmoe.plan.toml import toml_of
-from nmoe.train import events, run_lock
+from nmoe.train import events, failure, run_lock
 
 PLAN_LIMIT = 1 << 26
 FILES = ("config.toml", "resolved.toml", "plan.json", "env.json", events.NAME, run_lock.LOCK, run_lock.OWNER)
 CHECKPOINTS = "checkpoints"
+
+
+@attrs.define(kw_only=True)
+class FollowedRun:
+    """A run as a rank sees it that does not own its directory: rank 0 does, and speaks for all."""
+
+    path: Path
+    lineage: str
+    attempt: int
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def is_complete(self, total_steps: int) -> bool:
+        """As of a `RunDir`."""
+        return head_step(self.checkpoints) == total_steps
+
+    def event(self, event: str, **fields: Any) -> None:
+        """Rank 0 has it too, and adds it."""
+
+    def record_environment(self, record: Mapping[str, Any]) -> None:
+        """Rank 0's is the same, or the ranks would not go on."""
+
+    def begin_lineage(self, changes: list[str]) -> None:
+        """Rank 0 does, and tells."""
 
 
 class RunDir:
@@ -57,6 +89,7 @@ class RunDir:
             self.continues = past.attempt > 0
             self.lineage = past.lineage or uuid.uuid4().hex
             self.attempt = past.attempt + 1
+            failure.clear(path)
             self.event("start", fingerprint=plan.fingerprint, tree_digest=plan.tree_digest)
             if torn:
                 self.event("repair", file=events.NAME, removed=torn[:1000])
@@ -120,7 +153,8 @@ class RunDir:
             raise fail("N0313", "`run_dir` is not a directory", place=str(self.path), help="name another one")
         disk.make_directory(self.path)
         known = {CHECKPOINTS, *FILES, *(f"{name}.tmp" for name in FILES)}
-        foreign = sorted(entry.name for entry in self.path.iterdir() if entry.name not in known)
+        names = (entry.name for entry in self.path.iterdir() if not entry.match(failure.PATTERN))
+        foreign = sorted(name for name in names if name not in known)
         if foreign and not (self.path / "plan.json").exists():
             raise fail(
                 "N0313", f"`run_dir` holds something that is no run: `{foreign[0]}`"

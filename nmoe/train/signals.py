@@ -1,7 +1,8 @@
-"""Signals ask; the loop answers at the next step's end.
+"""Signals ask; the loop answers at a step's end.
 
-SIGINT, SIGTERM and SIGUSR1 set a flag. The step in hand is finished, a checkpoint is saved, and the
-process exits with 130. A second signal changes nothing: the save is already on its way.
+SIGINT, SIGTERM and SIGUSR1 set a flag on the rank that gets them. The ranks tell each other in every step; they
+finish it, a checkpoint is saved, and all exit with 130. A second signal changes nothing: the save is already on
+its way.
 """
 
 import signal
@@ -11,10 +12,10 @@ WATCHED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Whether somebody has asked this process to stop, and by which signal. Use as a context manager."""
+    """Whether somebody has asked this process to stop, and by which signal (0: nobody). Use as a context manager."""
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.number = 0
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._note) for number in WATCHED}
@@ -25,5 +26,4 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name is None:
-            self.name = signal.Signals(number).name
+        self.number = self.number or number

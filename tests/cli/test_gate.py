@@ -12,8 +12,10 @@ import torch
 from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.manifest import Head
 from nmoe.checkpoint.objects import store
+from nmoe.checkpoint.parts import join
 from nmoe.checkpoint.verify import read_manifest
 from nmoe.cli.main import run as nmoe
+from nmoe.part import Part
 from nmoe.train import gate
 from nmoe.train.drill import main as drill
 
@@ -74,12 +76,12 @@ def forget(prefix: str):
         step = max(layout.steps_on_disk(directory))
         manifest, _ = read_manifest(directory, step)
         zeros = {
-            name: torch.zeros(record.shape, dtype=getattr(torch, record.dtype))
+            name: Part.whole(torch.zeros(record.shape, dtype=getattr(torch, record.dtype)))
             for name, record in manifest.tensors.items()
             if name.startswith(prefix)
         }
         (directory / "tmp").mkdir(exist_ok=True)
-        records = store(directory, zeros, threads=1).records
+        records = join([store(directory, zeros, threads=1).spans], step=step)
         content = attrs.evolve(manifest, tensors={**manifest.tensors, **records}).encode()
         layout.manifest_path(directory, step).write_bytes(content)
         head = Head(step=step, manifest=hashlib.sha256(content).hexdigest())

@@ -12,7 +12,9 @@ from nmoe.checkpoint.reader import head_step
 from nmoe.checkpoint.verify import read_manifest
 from nmoe.checkpoint.writer import CheckpointWriter
 from nmoe.cli.main import run as nmoe
+from nmoe.part import Part
 from nmoe.plan.resolve import resolve
+from nmoe.rdep.control import Control
 from nmoe.train import events
 from nmoe.train.run_dir import RunDir
 
@@ -24,13 +26,14 @@ def run(tmp_path):
     """A run with checkpoints of the steps 1, 2 and 3."""
     plan = resolve(CONFIG, [f"output.run_dir={json.dumps(str(tmp_path / 'run'))}"])
     with RunDir.open(plan, config_text="") as directory:
-        writer = CheckpointWriter(directory.checkpoints, keep=3, threads=1)
+        writer = CheckpointWriter(directory.checkpoints, keep=3, threads=1, control=Control.alone())
         identity = Identity(
             run=directory.name, lineage=directory.lineage, attempt=directory.attempt, fingerprint=plan.fingerprint,
             sections=plan.sections, tree_digest=plan.tree_digest, data={}, environment={"exact": {}, "recorded": {}},
         )  # fmt: skip
         for step in (1, 2, 3):
-            writer.save(step=step, tensors={"w": torch.full((4,), float(step))}, state={}, identity=identity)
+            weight = Part.whole(torch.full((4,), float(step)))
+            writer.save(step=step, tensors={"w": weight}, state={}, identity=identity)
             writer.wait()
         return directory.path
 

@@ -127,7 +127,8 @@ def main(config: str, sets: list[str]) -> dict:
                 h_TD = graph.model.eval()(ids_BS.to(graph.device), ids_BS.to(graph.device))
                 targets_T = ids_BS.flatten().to(graph.device)
                 losses_T = token_losses(h_TD, graph.model.head.weight_VD, targets_T, chunk_tokens=CHUNK_TOKENS)
-    tensors = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers()), **graph.state()}
+    state = {name: part.tensor for name, part in graph.state().items()}
+    tensors = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers()), **state}
     return {
         "kernels": sorted(kernels.values(), key=lambda kernel: kernel["name"]),
         "operations": {name: sorted(dtypes) for name, dtypes in sorted(operations.seen.items())},

@@ -15,7 +15,7 @@ from nmoe.data import corpus
 from nmoe.data.loader import Loader
 from nmoe.errors import ConfigError, RunError, fail
 from nmoe.metrics.reader import read_rows
-from nmoe.train import loop
+from nmoe.train import attempt
 
 LAST = 20
 STOP = 4
@@ -126,25 +126,25 @@ class Watch:
     """Calls `act(graph)` before step 2's forward pass, and knows the state before it."""
 
     def __init__(self, monkeypatch, act):
-        build = loop.build
+        build = attempt.build
         self.act = act
 
-        def kept(plan):
-            self.graph = build(plan)
+        def kept(plan, node):
+            self.graph = build(plan, node)
             return self.graph
 
-        monkeypatch.setattr(loop, "build", kept)
+        monkeypatch.setattr(attempt, "build", kept)
 
     def __call__(self, step: int, phase: str) -> None:
         if (step, phase) == (2, "batch"):
             self.act(self.graph)
-            self.before = {name: tensor.clone() for name, tensor in self.graph.state().items()}
+            self.before = {name: part.tensor.clone() for name, part in self.graph.state().items()}
             self.counter = self.graph.rounding.counter
 
     def unchanged(self) -> bool:
         now = self.graph.state()
         return self.graph.rounding.counter == self.counter and all(
-            torch.equal(now[name].nan_to_num(), tensor.nan_to_num()) for name, tensor in self.before.items()
+            torch.equal(now[name].tensor.nan_to_num(), tensor.nan_to_num()) for name, tensor in self.before.items()
         )
 
 
@@ -191,13 +191,13 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(runs, monkeypatch):
 
 def test_a_state_that_is_not_finite_is_never_saved(runs, monkeypatch):
     """An update of the last step that overflows: no gradient after it would tell."""
-    build = loop.build
+    build = attempt.build
     graphs = []
-    monkeypatch.setattr(loop, "build", lambda plan: graphs.append(build(plan)) or graphs[-1])
+    monkeypatch.setattr(attempt, "build", lambda plan, node: graphs.append(build(plan, node)) or graphs[-1])
 
     def overflow(step: int, phase: str) -> None:
         if (step, phase) == (2, "save"):
-            graphs[0].state()["adamw.exp_avg_sq/embedding.weight_VD"][1, 3] = float("inf")
+            graphs[0].state()["adamw.exp_avg_sq/embedding.weight_VD"].tensor[1, 3] = float("inf")
 
     with pytest.raises(RunError) as caught:
         runs.train("run", "output.checkpoint_every=1", "output.stop_after_step=2", observe=overflow)
@@ -212,15 +212,15 @@ def test_a_state_that_is_not_finite_is_never_saved(runs, monkeypatch):
 
 def test_a_loss_that_is_not_finite_is_exit_1_without_a_traceback(runs, monkeypatch, capfd):
     """Through the command line."""
-    build = loop.build
+    build = attempt.build
 
-    def poisoned(plan):
-        graph = build(plan)
+    def poisoned(plan, node):
+        graph = build(plan, node)
         with torch.no_grad():
             graph.model.head.weight_VD[7, 7] = float("inf")
         return graph
 
-    monkeypatch.setattr(loop, "build", poisoned)
+    monkeypatch.setattr(attempt, "build", poisoned)
     assert nmoe(["train", str(runs.config), "--set", f'output.run_dir="{runs.path("run")}"']) == 1
     error = capfd.readouterr().err
     assert "error[N0501]: the loss of microbatch 0 is " in error
@@ -232,7 +232,7 @@ def test_a_loss_that_is_not_finite_is_exit_1_without_a_traceback(runs, monkeypat
 def test_a_save_under_way_ends_before_the_run_is_given_back(runs, monkeypatch):
     """A failure while the checkpoint thread is still writing: HEAD stands when the lock is free."""
     writing = []
-    save = loop.CheckpointWriter._write
+    save = attempt.CheckpointWriter._write
 
     def slow(self, *work):
         writing.append("begun")
@@ -249,7 +249,7 @@ def test_a_save_under_way_ends_before_the_run_is_given_back(runs, monkeypatch):
             failed.append(True)
             raise RuntimeError("something broke")
 
-    monkeypatch.setattr(loop.CheckpointWriter, "_write", slow)
+    monkeypatch.setattr(attempt.CheckpointWriter, "_write", slow)
     with pytest.raises(RuntimeError, match="something broke"):
         runs.train("run", "output.checkpoint_every=1", observe=observe)
     assert writing == ["begun", "ended"]
@@ -260,7 +260,7 @@ def test_a_save_that_fails_stops_the_run(runs, monkeypatch):
     def full(self, *work):
         raise fail("N0301", "cannot write `manifest.json`: no space left on device")
 
-    monkeypatch.setattr(loop.CheckpointWriter, "_write", full)
+    monkeypatch.setattr(attempt.CheckpointWriter, "_write", full)
     with pytest.raises(RunError, match="no space left"):
         runs.train("run", "output.checkpoint_every=1", "output.stop_after_step=3")
     assert not (runs.path("run") / "checkpoints" / "step_00000002").exists()

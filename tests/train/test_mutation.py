@@ -17,9 +17,11 @@ from nmoe.checkpoint import format as layout
 from nmoe.checkpoint import reader
 from nmoe.checkpoint.manifest import Head, Manifest
 from nmoe.checkpoint.objects import store
+from nmoe.checkpoint.parts import join
 from nmoe.checkpoint.verify import read_manifest
 from nmoe.errors import RunError
 from nmoe.graph import TrainingGraph, build
+from nmoe.part import Part
 from nmoe.train.gate import compare
 from nmoe.train.state import TrainState
 from nmoe.train.step import run_step
@@ -46,7 +48,8 @@ def with_tensors(run: Path, tensors: dict[str, torch.Tensor]) -> None:
     assert tensors.keys() <= manifest.tensors.keys()
     (run / "checkpoints" / "tmp").mkdir(exist_ok=True)
     (run / "checkpoints" / "objects").mkdir(exist_ok=True)
-    records = store(run / "checkpoints", {n: t.detach().contiguous() for n, t in tensors.items()}, threads=1).records
+    stored = store(run / "checkpoints", {n: Part.whole(t.detach()) for n, t in tensors.items()}, threads=1)
+    records = join([stored.spans], step=SAVED)
     for name, record in records.items():
         assert record != manifest.tensors[name], f"{name} is at its initial value, so the mutation is none"
     reseal(run, attrs.evolve(manifest, tensors={**manifest.tensors, **records}))
@@ -77,7 +80,7 @@ def halfway(request, module_runs, tmp_path_factory):
 
 def initial(plan) -> dict[str, torch.Tensor]:
     """Every tensor of the state before the first step."""
-    return {name: tensor.clone() for name, tensor in build(plan).state().items()}
+    return {name: part.tensor.clone() for name, part in build(plan).state().items()}
 
 
 def go_on(halfway) -> str:
@@ -143,7 +146,7 @@ def one_step(graph: TrainingGraph, state: TrainState) -> dict[str, torch.Tensor]
     run_step(graph, batch, step=state.step + 1, tokens_seen=tokens, observe=lambda step, phase: None)
     for _, router in graph.routers():
         router.end_step(tokens)
-    return {name: tensor.clone() for name, tensor in graph.state().items()}
+    return {name: part.tensor.clone() for name, part in graph.state().items()}
 
 
 @pytest.mark.parametrize("halfway", ["bf16"], indirect=True)
@@ -154,13 +157,13 @@ def test_each_single_lost_tensor_is_found(halfway):
     plan = runs.plan(cut, *sets, "batch.microbatch=4")
     manifest = runs.head(cut)
     graph = build(plan)
-    before = {name: tensor.clone() for name, tensor in graph.state().items()}
+    before = {name: part.tensor.clone() for name, part in graph.state().items()}
     saved = {name: torch.empty_like(tensor) for name, tensor in before.items()}
-    reader.read_into(runs.path(cut) / "checkpoints", manifest, saved)
+    reader.read_some(runs.path(cut) / "checkpoints", manifest, saved)
 
     def after(lost: str | None) -> dict[str, torch.Tensor]:
-        for name, tensor in graph.state().items():
-            tensor.copy_(before[name] if name == lost else saved[name])
+        for name, part in graph.state().items():
+            part.tensor.copy_(before[name] if name == lost else saved[name])
         graph.refresh()
         return one_step(graph, TrainState.restore(dict(manifest.state), graph, step=SAVED))
 
