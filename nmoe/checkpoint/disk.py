@@ -26,12 +26,14 @@ class Damage(Exception):
 
 def cannot(action: str, path: Path, cause: OSError) -> RunError:
     """The failure of one system call on one file, with the way out for the causes that have one."""
+    fewer = ", or lower `keep_checkpoints` in [output]" if "checkpoints" in path.parts else ""
     in_the_way = "a file stands where a directory has to be: move it away, or name another directory"
     ways_out = {
         errno.EEXIST: in_the_way,
         errno.ENOTDIR: in_the_way,
         errno.ENAMETOOLONG: "name a directory with a shorter path",
-        errno.ENOSPC: f"free space on the file system of {path.parent}, or lower `keep_checkpoints` in [output]",
+        errno.EISDIR: "a directory stands where a file has to be: move it away",
+        errno.ENOSPC: f"free space on the file system of {path.parent}" + fewer,
         errno.EDQUOT: f"the quota on the file system of {path.parent} is used up: free space, or move `run_dir`",
         errno.EROFS: "the file system is mounted read-only: move `run_dir`, or mount it writable",
         errno.EACCES: f"give this user the right to write in {path.parent}",

@@ -118,6 +118,20 @@ def test_rewind_without_a_checkpoint_that_verifies(run, capsys):
     assert head_step(run / "checkpoints") == 3
 
 
+def test_rewind_where_head_is_a_directory(run, capsys):
+    """Nothing is taken away that a person may have put there; the message says what to do."""
+    head = run / "checkpoints" / "HEAD"
+    head.unlink()
+    head.mkdir()
+    (head / "note").write_text("mine")
+    assert nmoe(["verify", str(run), "--rewind"]) == 1
+    error = capsys.readouterr().err
+    assert "error[N0301]: cannot rename a temporary file to `HEAD`" in error
+    assert "help: a directory stands where a file has to be: move it away" in error
+    head.rename(run.parent / "aside")
+    assert nmoe(["verify", str(run), "--rewind"]) == 0
+
+
 def test_rewind_needs_the_run_to_itself(run, capsys):
     object_of(run, 3).unlink()
     plan = resolve(CONFIG, [f"output.run_dir={json.dumps(str(run))}"])
