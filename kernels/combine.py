@@ -1,6 +1,6 @@
 """Between tokens and rows: gather a token's row, and sum a token's rows in order.
 
-    gather:  out[r] = x[token(r)]
+    gather:  out[row(t, k)] = x[t] for every k, but where row(t, k) is -1: another rank has that expert
     combine: out[t] = base[t] + sum over k = 0 .. K-1, in that order, of weight[t, k] * y[row(t, k)]
     dots:    out[t, k] = sum over n, in order, of part[n, row(t, k)]
 
@@ -31,15 +31,18 @@ def combine_reference(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, ba
 
 
 @triton.jit
-def gather_kernel(x_ptr, row_ptr, out_ptr, tokens, D, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def gather_kernel(x_ptr, row_ptr, count_ptr, out_ptr, tokens, D, K: tl.constexpr, BLOCK_T: tl.constexpr,
+                  BLOCK_D: tl.constexpr):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    if count_ptr is not None:
+        tokens = tl.load(count_ptr)
     real = t < tokens
     mask = real[:, None] & (d < D)[None, :]
     x = tl.load(x_ptr + t.to(tl.int64)[:, None] * D + d[None, :], mask=mask)
     for k in tl.static_range(K):
-        row = tl.load(row_ptr + t * K + k, mask=real, other=0).to(tl.int64)
-        tl.store(out_ptr + row[:, None] * D + d[None, :], x, mask=mask)
+        row = tl.load(row_ptr + t * K + k, mask=real, other=-1).to(tl.int64)
+        tl.store(out_ptr + row[:, None] * D + d[None, :], x, mask=mask & (row >= 0)[:, None])
 
 
 @triton.jit
@@ -76,13 +79,14 @@ def dots_kernel(part_ptr, row_ptr, out_ptr, pairs, rows, parts, BLOCK: tl.conste
 
 
 def gather_rows(x_TD: Tensor, layout: Layout) -> Tensor:
-    """x_TD's rows in the layout's order, (R, D): each token's row is read once and written K times."""
+    """x_TD's rows in the layout's order, (R, D): each token's row is read once and written for each of its pairs."""
     tokens, top_k = layout.row_TK.shape
     width = x_TD.shape[1]
-    out_RD = torch.empty(tokens * top_k, width, dtype=x_TD.dtype, device=x_TD.device)
+    count = None if layout.source_N1 is None else layout.source_N1[-1:]
+    out_RD = torch.empty(len(layout.token_R), width, dtype=x_TD.dtype, device=x_TD.device)
     block_d = min(triton.next_power_of_2(width), 512)
     grid = (triton.cdiv(tokens, 4), triton.cdiv(width, block_d))
-    gather_kernel[grid](x_TD, layout.row_TK, out_RD, tokens, width, top_k, 4, block_d, num_warps=4)
+    gather_kernel[grid](x_TD, layout.row_TK, count, out_RD, tokens, width, top_k, 4, block_d, num_warps=4)
     return out_RD
 
 

@@ -35,6 +35,12 @@ class Layout(NamedTuple):
     row_TK: int32 (T, K), each pair's row.
     tile_expert, tile_row: int32, expert and first row of each tile of TILE_ROWS rows; tiles are
         anchored at their expert's first row. num_tiles: int32 (1), how many entries are real.
+
+    The rows that an owner has of N ranks (nmoe.kernels.exchange) have the same fields, its experts, and the
+    tokens that it received; then R and T are room for the most there can be, and beside them stand
+    segments_S1: int32 (E * N + 1), first row of each (expert, microbatch), and the end.
+    source_N1: int32 (N + 1), first token of each microbatch, and the end. A pair whose expert is elsewhere has
+        row -1; what lies beyond the last token or row is undefined, pair_R's 0.
     """
 
     offsets_E1: Tensor
@@ -44,6 +50,8 @@ class Layout(NamedTuple):
     tile_expert: Tensor
     tile_row: Tensor
     num_tiles: Tensor
+    segments_S1: Tensor | None = None
+    source_N1: Tensor | None = None
 
 
 def layout_reference(expert_TK: Tensor, num_experts: int) -> Layout:
@@ -120,7 +128,20 @@ def offsets_kernel(total_ptr, offsets_ptr, first_tile_ptr, num_tiles_ptr, expert
 
 
 @triton.jit
-def place_kernel(expert_ptr, before_ptr, rank_ptr, total_ptr, offsets_ptr, first_tile_ptr, row_ptr, token_ptr, pair_ptr,
+def write_tiles(e, offsets_ptr, first_tile_ptr, tile_expert_ptr, tile_row_ptr, BLOCK: tl.constexpr,
+                TILE_ROWS: tl.constexpr):  # fmt: skip
+    """The tiles of one expert."""
+    first_row = tl.load(offsets_ptr + e)
+    tiles = (tl.load(offsets_ptr + e + 1) - first_row + TILE_ROWS - 1) // TILE_ROWS
+    first_tile = tl.load(first_tile_ptr + e)
+    for i in range(0, tiles, BLOCK):
+        j = i + tl.arange(0, BLOCK)
+        tl.store(tile_expert_ptr + first_tile + j, tl.zeros([BLOCK], tl.int32) + e, mask=j < tiles)
+        tl.store(tile_row_ptr + first_tile + j, first_row + j * TILE_ROWS, mask=j < tiles)
+
+
+@triton.jit
+def place_kernel(expert_ptr, before_ptr, rank_ptr, offsets_ptr, first_tile_ptr, row_ptr, token_ptr, pair_ptr,
                  tile_expert_ptr, tile_row_ptr, pairs, blocks, top_k, BLOCK: tl.constexpr,
                  TILE_ROWS: tl.constexpr):  # fmt: skip
     """Programs below `blocks` place one block of pairs; the rest write one expert's tiles each."""
@@ -135,14 +156,7 @@ def place_kernel(expert_ptr, before_ptr, rank_ptr, total_ptr, offsets_ptr, first
         tl.store(token_ptr + row, p // top_k, mask=real)
         tl.store(pair_ptr + row, p, mask=real)
     else:
-        mine = b - blocks
-        tiles = (tl.load(total_ptr + mine) + TILE_ROWS - 1) // TILE_ROWS
-        first_row = tl.load(offsets_ptr + mine)
-        first_tile = tl.load(first_tile_ptr + mine)
-        for i in range(0, tiles, BLOCK):
-            j = i + tl.arange(0, BLOCK)
-            tl.store(tile_expert_ptr + first_tile + j, tl.zeros([BLOCK], tl.int32) + mine, mask=j < tiles)
-            tl.store(tile_row_ptr + first_tile + j, first_row + j * TILE_ROWS, mask=j < tiles)
+        write_tiles(b - blocks, offsets_ptr, first_tile_ptr, tile_expert_ptr, tile_row_ptr, BLOCK, TILE_ROWS)
 
 
 def make_layout(expert_TK: Tensor, num_experts: int) -> Layout:
@@ -168,7 +182,7 @@ def make_layout(expert_TK: Tensor, num_experts: int) -> Layout:
     scan_kernel[(num_experts,)](count_EB, total_E, blocks, 1024, num_warps=4)
     offsets_kernel[(1,)](total_E, offsets_E1, first_tile_E, num_tiles, num_experts, padded, TILE_ROWS, num_warps=4)
     place_kernel[(blocks + num_experts,)](
-        expert_TK, count_EB, rank_P, total_E, offsets_E1, first_tile_E, row_TK, token_R, pair_R, tile_expert, tile_row,
+        expert_TK, count_EB, rank_P, offsets_E1, first_tile_E, row_TK, token_R, pair_R, tile_expert, tile_row,
         pairs, blocks, top_k, BLOCK, TILE_ROWS, num_warps=4,
     )  # fmt: skip
     return Layout(offsets_E1, token_R, pair_R, row_TK, tile_expert, tile_row, num_tiles)

@@ -11,6 +11,9 @@ so that the experts' outputs are not kept.
 Kept for backward: 2 * T K F bf16 and the routing (0.75 GiB for T 32768, F 768, K 8). The largest
 temporary is one (T K, D) bf16 buffer of rows beside dh.
 
+The experts' part, from rows to rows, is the same whether the tokens are one rank's own or what an owner has
+received from N (nmoe.kernels.exchange); the sum over k is the tokens' owner's.
+
 Every part is bitwise repeatable (see each module). The chain of microbatches: call with `grads`
 to continue float32 gradients in place.
 """
@@ -62,7 +65,7 @@ def moe_reference(
     return out_TD
 
 
-def _require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> None:
+def require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> None:
     """The kernels' demands, by name, before anything is launched."""
     wide = {"x_TD": x_TD, "w_gate_up_E2FD": w_gate_up_E2FD, "w_down_EDF": w_down_EDF}
     for name, t in wide.items():
@@ -78,6 +81,41 @@ def _require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF
             )  # fmt: skip
 
 
+def experts_forward(
+    x_TD: Tensor, layout: Layout, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, table: Table | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each pair's output row y_RD, before its weight, and the pre-activations h_2RF, in bf16.
+
+    x_TD, w_gate_up_E2FD, w_down_EDF: bf16, contiguous. layout: of the tokens' pairs.
+    """
+    table = table or launches(x_TD.shape[1])
+    x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
+    h_2RF, a_RF = up_product(x, w_gate_up_E2FD, layout, table["up"])
+    return down_product(a_RF, w_down_EDF, layout, table["down"]), h_2RF
+
+
+def experts_backward(
+    dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, h_2RF: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
+    layout: Layout, grads: tuple[Tensor, Tensor], accumulate: bool, table: Table | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each pair's gradient of x, dx_RD in bf16, and <dout W_down, a> in parts, float32 (N, R).
+
+    dout_TD: unweighted. grads: float32 gradients of the two matrices, written in place; accumulate continues them.
+    """
+    table = table or launches(x_TD.shape[1])
+    weight_R = weight_TK.view(-1)[layout.pair_R]
+    dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
+    dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
+    dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, h_2RF, weight_R, layout, table["dgate"])
+    dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
+    weight_gradient(dout, aw_RF[None], layout, grads[1], accumulate, True, table["dw_down"])
+    del aw_RF, dout, dout_RD
+    x = x_TD if table["dw_up"].gather else gather_rows(x_TD, layout)
+    weight_gradient(x, dh_2RF, layout, grads[0], accumulate, False, table["dw_up"])
+    del x
+    return dx_product(dh_2RF, w_gate_up_E2FD, layout, table["dx"]), dot_NR
+
+
 def moe_forward(
     x_TD: Tensor, layout: Layout, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
     table: Table | None = None,
@@ -87,11 +125,8 @@ def moe_forward(
     x_TD, w_gate_up_E2FD, w_down_EDF: bf16; weight_TK: float32; all contiguous. layout: of the T K pairs.
     Raises N0710 for another dtype or layout, N0711 for D or F not a multiple of 8.
     """
-    _require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
-    table = table or launches(x_TD.shape[1])
-    x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
-    h_2RF, a_RF = up_product(x, w_gate_up_E2FD, layout, table["up"])
-    y_RD = down_product(a_RF, w_down_EDF, layout, table["down"])
+    require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
+    y_RD, h_2RF = experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, table)
     return combine(y_RD, layout.row_TK, weight_TK), Saved(h_2RF, weight_TK, layout)
 
 
@@ -105,25 +140,19 @@ def moe_backward(
     router: given the weights' gradient, returns the router's part of x's gradient (T, D), which starts the sum.
     grads: float32 matrices' gradients to continue (in place), or None for fresh ones.
     """
-    table = table or launches(x_TD.shape[1])
-    layout = saved.layout
-    accumulate = grads is not None
-    if grads is None:
-        grads = (
-            torch.empty(w_gate_up_E2FD.shape, dtype=torch.float32, device=x_TD.device),
-            torch.empty(w_down_EDF.shape, dtype=torch.float32, device=x_TD.device),
-        )
-    weight_R = saved.weight_TK.view(-1).index_select(0, layout.pair_R)
-    dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
-    dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
-    dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, saved.h_2RF, weight_R, layout, table["dgate"])
-    dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
+    layout, written = saved.layout, grads or fresh_gradients(w_gate_up_E2FD, w_down_EDF)
+    dx_RD, dot_NR = experts_backward(
+        dout_TD, x_TD, saved.weight_TK, saved.h_2RF, w_gate_up_E2FD, w_down_EDF, layout, written, grads is not None,
+        table,
+    )  # fmt: skip
     dweight_TK = sum_dots(dot_NR, layout.row_TK)
-    weight_gradient(dout, aw_RF[None], layout, grads[1], accumulate, True, table["dw_down"])
-    del aw_RF, dout, dout_RD
-    x = x_TD if table["dw_up"].gather else gather_rows(x_TD, layout)
-    weight_gradient(x, dh_2RF, layout, grads[0], accumulate, False, table["dw_up"])
-    del x
-    dx_RD = dx_product(dh_2RF, w_gate_up_E2FD, layout, table["dx"])
     dx_TD = combine(dx_RD, layout.row_TK, None, router(dweight_TK) if router else None)
-    return Gradients(dx_TD, dweight_TK, *grads)
+    return Gradients(dx_TD, dweight_TK, *written)
+
+
+def fresh_gradients(w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> tuple[Tensor, Tensor]:
+    """Room for the matrices' float32 gradients."""
+    return (
+        torch.empty(w_gate_up_E2FD.shape, dtype=torch.float32, device=w_gate_up_E2FD.device),
+        torch.empty(w_down_EDF.shape, dtype=torch.float32, device=w_down_EDF.device),
+    )

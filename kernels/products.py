@@ -128,6 +128,8 @@ def weight_gradient(
 ) -> None:
     """out[e] (+)= the sum over e's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
 
+    In pieces that begin at the first row of each of e's segments, where the layout has them.
+
     tokens_first False: rows_PRF is dh_2RF, out is (E, 2, F, D). True: rows_PRF is the weighted a as
     (1, R, F), out is (E, D, F). out is float32; accumulate says whether its content is continued.
     """
@@ -136,11 +138,12 @@ def weight_gradient(
     planes, R, F = rows_PRF.shape
     D = tokens.shape[1]
     experts = len(layout.offsets_E1) - 1
+    segments = layout.offsets_E1 if layout.segments_S1 is None else layout.segments_S1
     bg, br = (128, 256) if F % 256 == 0 else (256, 128)  # the wide side lies along F unless that would waste it
     g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
     whole = D % bg == 0 and F % br == 0
     wgrad_kernel[(_blocks(),)](
-        _ragged(tokens, STEP, bg), tokens, layout.token_R, _ragged(rows_PRF, STEP, br), out, layout.offsets_E1,
-        D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles,
+        _ragged(tokens, STEP, bg), tokens, layout.token_R, _ragged(rows_PRF, STEP, br), out, segments,
+        D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles, (len(segments) - 1) // experts,
         planes, tokens_first, p.gather, accumulate, whole, bg, br, STEP, p.stages, *p.registers, num_warps=4,
     )  # fmt: skip

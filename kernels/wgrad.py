@@ -8,6 +8,8 @@ row on; both operands are read transposed by wgmma. The last piece is short: TMA
 rows beyond the end with zeros, and rows that the producer gathers itself repeat the last token.
 Output (E, 2, F, D) and (E, D, F), float32. ACCUMULATE starts the accumulator from the output, so
 that microbatches chain: the bits are those of one sum over the concatenated pieces.
+Where the rows are those of M ranks' microbatches, an expert has M segments, one after the other, and
+each one's pieces begin at its own first row: M calls on a microbatch each, without the memory between.
 
 One block an SM, persistent, as in grouped.py; a 256 x 128 tile, half for each of two warpgroups;
 float32 accumulators in registers, stored straight to memory past the cache (.cs), since an
@@ -32,6 +34,16 @@ from nmoe.kernels.grouped import block_barrier
 
 
 @gluon.jit
+def pieces(segments_ptr, e, M: gl.constexpr, BK: gl.constexpr):
+    """How many pieces of BK rows an expert has, over its M segments."""
+    total = 0
+    for s in range(M):
+        first = gl.load(segments_ptr + e * M + s)
+        total += (gl.load(segments_ptr + e * M + s + 1) - first + BK - 1) // BK
+    return total
+
+
+@gluon.jit
 def locate(tile, g_tiles, r_tiles):
     """tile -> (plane, tile along D, tile along F); planes are experts, or an expert's gate and up."""
     per = g_tiles * r_tiles
@@ -43,8 +55,8 @@ def locate(tile, g_tiles, r_tiles):
 
 @gluon.jit
 def produce(
-    g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles, tiles,
-    PLANES: gl.constexpr, GATHER: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
+    g_desc, x_ptr, token_ptr, r_desc, segments_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles, tiles,
+    M: gl.constexpr, PLANES: gl.constexpr, GATHER: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Fill the ring with pieces of BK rows, of the token rows and of the expert rows."""
@@ -54,40 +66,41 @@ def produce(
         plane, g, r = locate(tile, g_tiles, r_tiles)
         e = plane // PLANES
         half = plane - e * PLANES
-        start = gl.load(offsets_ptr + e)
-        end = gl.load(offsets_ptr + e + 1)
-        if GATHER:
-            r_K = start + gl.arange(0, BK, gl.SliceLayout(1, layout))
-            token_K = gl.load(token_ptr + gl.maximum(gl.minimum(r_K, end - 1), 0))
-        for k in range((end - start + BK - 1) // BK):
-            stage = count % STAGES
-            mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, 2 * BK * (BR + (0 if GATHER else BG)))
-            row = start + k * BK
-            x0 = (1 << 30) - (end - row)
-            r_view = ring_r.index(stage)._reinterpret(r_desc.dtype, r_desc.block_shape, r_desc.layout)
-            tma.async_copy_global_to_shared(r_desc, [1 << 30, end + half * rows, x0, r * BR], bar, r_view)
-            col = g * BG
-            g_view = ring_g.index(stage)
+        for s in range(M):
+            start = gl.load(segments_ptr + e * M + s)
+            end = gl.load(segments_ptr + e * M + s + 1)
             if GATHER:
-                col_G = col + gl.arange(0, BG, gl.SliceLayout(0, layout))
-                at_KG = x_ptr + token_K.to(gl.int64)[:, None] * (D8 * 8) + col_G[None, :]
-                async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D8 * 8)[None, :])
-            else:
-                g_view = g_view._reinterpret(g_desc.dtype, g_desc.block_shape, g_desc.layout)
-                tma.async_copy_global_to_shared(g_desc, [1 << 30, end, x0, col], bar, g_view)
-            if GATHER:
-                async_copy.mbarrier_arrive(bar, increment_count=False)
-                r_K += BK  # the next piece's indices are on their way while the ring is full
-                token_K = gl.load(token_ptr + gl.minimum(r_K, end - 1))
-            count += 1
+                r_K = start + gl.arange(0, BK, gl.SliceLayout(1, layout))
+                token_K = gl.load(token_ptr + gl.maximum(gl.minimum(r_K, end - 1), 0))
+            for k in range((end - start + BK - 1) // BK):
+                stage = count % STAGES
+                mbarrier.wait(empty.index(stage), ((count // STAGES) & 1) ^ 1)
+                bar = full.index(stage)
+                mbarrier.expect(bar, 2 * BK * (BR + (0 if GATHER else BG)))
+                row = start + k * BK
+                x0 = (1 << 30) - (end - row)
+                r_view = ring_r.index(stage)._reinterpret(r_desc.dtype, r_desc.block_shape, r_desc.layout)
+                tma.async_copy_global_to_shared(r_desc, [1 << 30, end + half * rows, x0, r * BR], bar, r_view)
+                col = g * BG
+                g_view = ring_g.index(stage)
+                if GATHER:
+                    col_G = col + gl.arange(0, BG, gl.SliceLayout(0, layout))
+                    at_KG = x_ptr + token_K.to(gl.int64)[:, None] * (D8 * 8) + col_G[None, :]
+                    async_copy.async_copy_global_to_shared(g_view, at_KG, mask=(col_G < D8 * 8)[None, :])
+                else:
+                    g_view = g_view._reinterpret(g_desc.dtype, g_desc.block_shape, g_desc.layout)
+                    tma.async_copy_global_to_shared(g_desc, [1 << 30, end, x0, col], bar, g_view)
+                if GATHER:
+                    async_copy.mbarrier_arrive(bar, increment_count=False)
+                    r_K += BK  # the next piece's indices are on their way while the ring is full
+                    token_K = gl.load(token_ptr + gl.minimum(r_K, end - 1))
+                count += 1
 
 
 @gluon.jit
 def consume(
-    which: gl.constexpr, out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    which: gl.constexpr, out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
+    M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
     WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):
     """One warpgroup: its half of every tile's rows, the products and then the float32 tile to memory."""
@@ -101,7 +114,7 @@ def consume(
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         plane, g, r = locate(tile, g_tiles, r_tiles)
         e = plane // PLANES
-        steps = (gl.load(offsets_ptr + e + 1) - gl.load(offsets_ptr + e) + BK - 1) // BK
+        steps = pieces(segments_ptr, e, M, BK)
         if TOKENS_FIRST:  # out is (E, D, F)
             m0 = g * BG + which * WM
             n0 = r * BR
@@ -145,8 +158,8 @@ def consume(
 
 @gluon.jit
 def wgrad_kernel(
-    g_desc, x_ptr, token_ptr, r_desc, out_ptr, offsets_ptr, D8, F8, rows, g_tiles, r_tiles, tiles,
-    PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
+    g_desc, x_ptr, token_ptr, r_desc, out_ptr, segments_ptr, D8, F8, rows, g_tiles, r_tiles, tiles,
+    M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
     WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):
@@ -164,14 +177,14 @@ def wgrad_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                gl.constexpr(0), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-                PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
+                gl.constexpr(0), out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
+                M, PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
             (consume, (
-                gl.constexpr(1), out_ptr, offsets_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-                PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
+                gl.constexpr(1), out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
+                M, PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
             (produce, (
-                g_desc, x_ptr, token_ptr, r_desc, offsets_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles,
-                tiles, PLANES, GATHER, BG, BR, BK, STAGES)),
+                g_desc, x_ptr, token_ptr, r_desc, segments_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles,
+                tiles, M, PLANES, GATHER, BG, BR, BK, STAGES)),
         ],
         [4, 4 if GATHER else 1],
         [REGS, PRODUCER_REGS],

@@ -165,7 +165,7 @@ class GroupedExperts(torch.nn.Module):
         """y_t = sum over k of w_tk * expert_{i_tk}(x_t), i the routing that the transport's `layout` gave places for.
 
         x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x and w. The
-        matrices' gradients are float32, and added to `grad` out of autograd's sight.
+        matrices' gradients are float32 and are added to `grad`, out of autograd's sight.
         """
         matrices = self.w_gate_up_E2FD, self.w_down_EDF
         if x_TD.device.type == "cpu":
@@ -173,5 +173,5 @@ class GroupedExperts(torch.nn.Module):
         else:
             from nmoe.experts.hopper import HopperSwiglu
 
-            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places)
+            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places, transport)
         return y_TD

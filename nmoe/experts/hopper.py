@@ -1,39 +1,84 @@
-"""The experts of one layer on a Hopper GPU: `nmoe.kernels.moe` as one function of autograd.
+"""The experts of one layer on a Hopper GPU: `nmoe.kernels.moe` as one function of autograd, for one rank or many.
 
-The same mathematics as `nmoe.experts.grouped`, and the same saved tensors: x, the pre-activations, the
-weights of the pairs and the layout. bfloat16 rows and matrices; weight gradients float32.
+The same mathematics as `nmoe.experts.grouped`, and the same saved tensors: x (on several ranks what this one
+received), the pre-activations, the weights of the pairs and the layout. bfloat16 rows and matrices; weight
+gradients float32, which chain the microbatches in order: backward continues `grad` itself and returns no gradient
+for the matrices.
 
-Backward adds to the matrices' `grad` itself, and returns none for them: the products that make a microbatch's
-gradient begin with the sum of those before it, so a pass over both is saved.
+One rank gathers rows from x and sums its pairs' rows where the products left them; several send and fetch them in
+between. The products and the sums are the same, at the same places, and so are the bits.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from nmoe.kernels.combine import combine
+from nmoe.kernels.exchange import Received, received_layout
 from nmoe.kernels.layout import Layout
-from nmoe.kernels.moe import Saved, moe_backward, moe_forward
+from nmoe.kernels.layout_ranks import Places
+from nmoe.kernels.moe import (
+    Saved,
+    experts_backward,
+    experts_forward,
+    fresh_gradients,
+    moe_backward,
+    moe_forward,
+    require,
+)
+from nmoe.rdep.transport import Transport
 
 
 class HopperSwiglu(torch.autograd.Function):
-    """`apply(x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, places)`."""
+    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport)`; backward adds to both `grad`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, places: Layout
+        ctx: Any,
+        x_TD: Tensor,
+        weights_TK: Tensor,
+        w_gate_up_L2FD: Tensor,
+        w_down_LDF: Tensor,
+        places: Layout | Places,
+        transport: Transport,
     ) -> Tensor:
-        y_TD, saved = moe_forward(x_TD, places, weights_TK, w_gate_up_E2FD, w_down_EDF)
-        ctx.save_for_backward(x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, saved.h_2RF)
-        ctx.matrices, ctx.places = (w_gate_up_E2FD, w_down_EDF), places
-        return y_TD
+        ctx.matrices = w_gate_up_L2FD, w_down_LDF
+        ctx.places, ctx.transport = places, transport
+        if isinstance(places, Layout):
+            y_TD, saved = moe_forward(x_TD, places, weights_TK, w_gate_up_L2FD, w_down_LDF)
+            ctx.save_for_backward(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, saved.h_2RF)
+            return y_TD
+        require(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF)
+        received = cast(Received, transport.dispatch(x_TD, weights_TK, places))
+        layout = received.layout
+        y_RD, h_2RF = experts_forward(received.x_UD, layout, w_gate_up_L2FD, w_down_LDF)
+        rows_PD, slot_TK = transport.give_back(y_RD, received, places)
+        ctx.save_for_backward(
+            *received[:3], w_gate_up_L2FD, w_down_LDF, h_2RF, layout.token_R, layout.pair_R, layout.row_TK
+        )
+        return combine(rows_PD, slot_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weights_TK, w_gate_up_E2FD, w_down_EDF, h_2RF = ctx.saved_tensors
+        places, transport, dy_TD = ctx.places, ctx.transport, dy_TD.contiguous()
         gate_up, down = ctx.matrices
-        grads = None if gate_up.grad is None else (gate_up.grad, down.grad)
-        saved = Saved(h_2RF, weights_TK, ctx.places)
-        found = moe_backward(dy_TD.contiguous(), x_TD, w_gate_up_E2FD, w_down_EDF, saved, grads=grads)
-        gate_up.grad, down.grad = found.w_gate_up_E2FD, found.w_down_EDF
-        return found.x_TD, found.weight_TK, None, None, None
+        continued = None if gate_up.grad is None else (gate_up.grad, down.grad)
+        if isinstance(places, Layout):
+            x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, h_2RF = ctx.saved_tensors
+            saved = Saved(h_2RF, weights_TK, places)
+            dx_TD, d_weights_TK, *grads = moe_backward(
+                dy_TD, x_TD, w_gate_up_L2FD, w_down_LDF, saved, grads=continued
+            )
+        else:
+            x_UD, weight_UK, token_U, w_gate_up_L2FD, w_down_LDF, h_2RF, *index = ctx.saved_tensors
+            received = Received(x_UD, weight_UK, token_U, received_layout(places, *index))
+            grads = continued or fresh_gradients(w_gate_up_L2FD, w_down_LDF)
+            dy_UD = transport.dispatch_gradients(dy_TD, places)
+            dx_RD, dot_NR = experts_backward(
+                dy_UD, x_UD, weight_UK, h_2RF, w_gate_up_L2FD, w_down_LDF, received.layout, grads, bool(continued)
+            )
+            rows_PD, slot_TK, d_weights_TK = transport.give_back_gradients(dx_RD, dot_NR, received, places)
+            dx_TD = combine(rows_PD, slot_TK, None)
+        gate_up.grad, down.grad = grads
+        return dx_TD, d_weights_TK, None, None, None, None
