@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.kernels.layout import Layout
+from nmoe.kernels.layout import Rows
 
 
 def combine_reference(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Tensor | None = None) -> Tensor:
@@ -78,15 +78,14 @@ def dots_kernel(part_ptr, row_ptr, out_ptr, pairs, rows, parts, BLOCK: tl.conste
     tl.store(out_ptr + p, total, mask=p < pairs)
 
 
-def gather_rows(x_TD: Tensor, layout: Layout) -> Tensor:
+def gather_rows(x_TD: Tensor, layout: Rows) -> Tensor:
     """x_TD's rows in the layout's order, (R, D): each token's row is read once and written for each of its pairs."""
     tokens, top_k = layout.row_TK.shape
     width = x_TD.shape[1]
-    count = None if layout.source_N1 is None else layout.source_N1[-1:]
     out_RD = torch.empty(len(layout.token_R), width, dtype=x_TD.dtype, device=x_TD.device)
     block_d = min(triton.next_power_of_2(width), 512)
     grid = (triton.cdiv(tokens, 4), triton.cdiv(width, block_d))
-    gather_kernel[grid](x_TD, layout.row_TK, count, out_RD, tokens, width, top_k, 4, block_d, num_warps=4)
+    gather_kernel[grid](x_TD, layout.row_TK, layout.received, out_RD, tokens, width, top_k, 4, block_d, num_warps=4)
     return out_RD
 
 

@@ -1,8 +1,8 @@
 """Rows between ranks: a token's row to the owners of its experts, and each pair's row back.
 
-    dispatch:   rows[o][place(t, o)] = x[t] for every owner o that t goes to, and there for each k: the pair's row
-                (-1 where its expert is elsewhere), its weight, and t
-    keep:       out of the received rows and lists, what backward needs, and for every expert row: which token, which pair
+    dispatch:   rows[o][place(t, o)] = x[t] for every owner o that t goes to, and beside it t and for each k
+                the pair's row (-1 where its expert is elsewhere) and its weight
+    keep:       out of the received rows and lists what backward needs, and for every expert row its token and its pair
     give back:  slots[s][t * K + k] = y[row] for every pair here of every token t of source s; and for gradients
                 the sum over n, in order, of part[n, row], which is the gradient of the pair's weight
 
@@ -27,14 +27,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.kernels.layout import Layout
+from nmoe.kernels.layout import OwnerLayout
 from nmoe.kernels.layout_ranks import Places, most_rows
 
 ROWS, COLUMNS = 4, 512  # of a program's piece
 
 
 class Lists(NamedTuple):
-    """Tables of the ranks' addresses, int64 (N): row_UK int32 and weight_UK float32 (N * T, K), token_U int32 (N * T)."""
+    """Tables of the ranks' addresses, int64 (N): of row_UK int32, weight_UK float32 (N T, K), token_U int32 (N T)."""
 
     row_UK: Tensor
     weight_UK: Tensor
@@ -42,16 +42,16 @@ class Lists(NamedTuple):
 
 
 class Received(NamedTuple):
-    """What an owner has of everybody's tokens, by (microbatch, token): room for N * T, of which `layout.source_N1` are real.
+    """What an owner has of everybody's tokens, by (microbatch, token), with room for N * T; `layout.received` are real.
 
-    x_UD: the tokens' rows. weight_UK: float32, the router's weights. token_U: int32, each one's number in its microbatch.
+    x_UD: the tokens' rows. weight_UK: float32, the router's weights. token_U: int32, its number in its microbatch.
     layout: of the U tokens' pairs among this rank's experts: row_TK there is (U, K).
     """
 
     x_UD: Tensor
     weight_UK: Tensor
     token_U: Tensor
-    layout: Layout
+    layout: OwnerLayout
 
 
 def dispatch_reference(
@@ -100,7 +100,7 @@ def dispatch_kernel(x_ptr, place_ptr, rows_ptr, own_ptr, expert_ptr, row_ptr, we
             tl.store(own_ptr + at, x, mask=goes)
         else:
             tl.store(at_rank(rows_ptr, o, own_ptr.dtype.element_ty) + at, x, mask=goes)
-        if LISTS:
+        if LISTS:  # noqa: SIM102 (known when compiled, and the other is not)
             if piece == 0:
                 k = tl.arange(0, KP)
                 p = t[:, None] * K + k[None, :]
@@ -162,7 +162,7 @@ def give_back_kernel(y_ptr, row_ptr, token_ptr, source_ptr, slots_ptr, part_ptr,
         mask = here[:, None] & (d < D)[None, :]
         y = tl.load(y_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask)
         tl.store(slots + (t * K + k).to(tl.int64)[:, None] * D + d[None, :], y, mask=mask)
-        if DOTS:
+        if DOTS:  # noqa: SIM102
             if piece == 0:
                 total = tl.zeros([BLOCK_T], tl.float32)
                 for n in range(parts):
@@ -183,7 +183,7 @@ def dispatch(
     """Each token's row to its owners: into the regions of rows_N, and into own_UD for this rank itself.
 
     x_TD: contiguous, of own_UD's dtype. rows_N: the table of the ranks' received rows (N * T, D). own_UD: where this
-    rank's own tokens go, (N * T, D). weight_TK: float32, and lists, both or neither: with the pairs' places and weights.
+    rank's own tokens go, (N * T, D). weight_TK: float32, and lists, both or neither: with the pairs' rows and weights.
     """
     tokens, width = x_TD.shape
     top_k, ranks = places.row_TK.shape[1], places.place_TN.shape[1]
@@ -195,9 +195,9 @@ def dispatch(
     )  # fmt: skip
 
 
-def received_layout(places: Places, token_R: Tensor, pair_R: Tensor, row_UK: Tensor) -> Layout:
+def received_layout(places: Places, token_R: Tensor, pair_R: Tensor, row_UK: Tensor) -> OwnerLayout:
     """The rows of what a rank has received."""
-    return Layout(
+    return OwnerLayout(
         places.offsets_L1, token_R, pair_R, row_UK, places.tile_expert, places.tile_row, places.num_tiles,
         places.segments_S1, places.source_N1,
     )  # fmt: skip
@@ -220,9 +220,9 @@ def keep(
     received = Received(x_UD, torch.empty_like(weight_UK), torch.empty_like(token_U), layout)
     block, pieces = _pieces(width)
     keep_kernel[(triton.cdiv(most // ranks, ROWS) * pieces * ranks,)](
-        rows_UD, row_UK, weight_UK, token_U, places.source_N1, x_UD, layout.row_TK, received.weight_UK, received.token_U,
-        token_R, layout.pair_R, width, pieces, rank, ranks, top_k, triton.next_power_of_2(top_k), ROWS, block,
-        num_warps=4,
+        rows_UD, row_UK, weight_UK, token_U, places.source_N1, x_UD, layout.row_TK, received.weight_UK,
+        received.token_U, token_R, layout.pair_R, width, pieces, rank, ranks, top_k, triton.next_power_of_2(top_k),
+        ROWS, block, num_warps=4,
     )  # fmt: skip
     return received
 
@@ -231,17 +231,17 @@ def give_back(
     y_RD: Tensor, received: Received, slots_N: Tensor, rank: int, part_NR: Tensor | None = None,
     sums_N: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Each pair's row of y_RD into slot t * K + k of its source; part_NR float32, summed, into the same place of sums_N.
+    """Each pair's row of y_RD into slot t * K + k of its source; part_NR float32, summed, to the same place of sums_N.
 
     slots_N, sums_N: tables of the ranks' slots (T * K, D) of y's dtype, and (T * K) float32.
     """
     most, top_k = received.layout.row_TK.shape
     source_N1 = received.layout.source_N1
-    assert source_N1 is not None
     ranks, width = len(source_N1) - 1, y_RD.shape[1]
     block, pieces = _pieces(width)
     parts, rows = (0, 0) if part_NR is None else part_NR.shape
     give_back_kernel[(triton.cdiv(most // ranks, ROWS) * pieces * ranks,)](
-        y_RD, received.layout.row_TK, received.token_U, source_N1, slots_N, part_NR, slots_N if sums_N is None else sums_N,
-        rows, parts, width, pieces, rank, part_NR is not None, ranks, top_k, ROWS, block, num_warps=4,
+        y_RD, received.layout.row_TK, received.token_U, source_N1, slots_N, part_NR,
+        slots_N if sums_N is None else sums_N, rows, parts, width, pieces, rank, part_NR is not None, ranks, top_k,
+        ROWS, block, num_warps=4,
     )  # fmt: skip

@@ -16,7 +16,7 @@ the four launches cost more than the bytes. Measured 0.075 to 0.095 ms for 26214
 (2026-11-22, H100), 0.06 of it in the first kernel.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -35,12 +35,6 @@ class Layout(NamedTuple):
     row_TK: int32 (T, K), each pair's row.
     tile_expert, tile_row: int32, expert and first row of each tile of TILE_ROWS rows; tiles are
         anchored at their expert's first row. num_tiles: int32 (1), how many entries are real.
-
-    The rows that an owner has of N ranks (nmoe.kernels.exchange) have the same fields, its experts, and the
-    tokens that it received; then R and T are room for the most there can be, and beside them stand
-    segments_S1: int32 (E * N + 1), first row of each (expert, microbatch), and the end.
-    source_N1: int32 (N + 1), first token of each microbatch, and the end. A pair whose expert is elsewhere has
-        row -1; what lies beyond the last token or row is undefined, pair_R's 0.
     """
 
     offsets_E1: Tensor
@@ -50,8 +44,46 @@ class Layout(NamedTuple):
     tile_expert: Tensor
     tile_row: Tensor
     num_tiles: Tensor
-    segments_S1: Tensor | None = None
-    source_N1: Tensor | None = None
+
+    @property
+    def segments_S1(self) -> Tensor:
+        """First row of each (expert, microbatch), and the end: there is one microbatch."""
+        return self.offsets_E1
+
+    @property
+    def received(self) -> Tensor | None:
+        """How many tokens are real, on the device; None for all."""
+        return None
+
+
+class OwnerLayout(NamedTuple):
+    """The rows that an owner has of N ranks' microbatches (nmoe.kernels.exchange): its experts, the tokens it received.
+
+    As `Layout`, with room for the most rows and tokens there can be. A pair whose expert is elsewhere has row -1;
+    beyond the last row pair_R is 0, and whatever else lies beyond the last row or token is undefined.
+
+    segments_S1: int32 (E * N + 1), first row of each (expert, microbatch), and the end.
+    source_N1: int32 (N + 1), first token of each microbatch, and the end.
+    """
+
+    offsets_E1: Tensor
+    token_R: Tensor
+    pair_R: Tensor
+    row_TK: Tensor
+    tile_expert: Tensor
+    tile_row: Tensor
+    num_tiles: Tensor
+    segments_S1: Tensor
+    source_N1: Tensor
+
+    @property
+    def received(self) -> Tensor | None:
+        """int32 (1): how many tokens are real."""
+        return self.source_N1[-1:]
+
+
+Rows: TypeAlias = Layout | OwnerLayout
+"""What the products read; E are the experts that are here."""
 
 
 def layout_reference(expert_TK: Tensor, num_experts: int) -> Layout:

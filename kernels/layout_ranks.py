@@ -3,7 +3,8 @@
 Mathematics. With C[n, e] the pairs of rank n's microbatch for expert e and U[n, o] the tokens of rank n that
 have an expert at owner o = e // L, a pair of rank r and a token that goes to o lie at
 
-    row(p)      = sum over lower experts e' of o and all n of C[n, e'] + sum over n < r of C[n, e] + (r's pairs for e before p)
+    row(p)      = sum over lower experts e' of o and all n of C[n, e'] + sum over n < r of C[n, e]
+                  + (r's pairs for e before p)
     place(t, o) = sum over n < r of U[n, o] + (r's tokens before t that go to o)
 
 so an owner's rows are sorted by (expert, microbatch, token, k), and its tokens by (microbatch, token). Both
@@ -48,7 +49,7 @@ class Places(NamedTuple):
 
     expert_TK: as routed. row_TK: int32 (T, K), each pair's row at its expert's owner. place_TN: int32 (T, N), where a
     token's row lies at an owner, -1 where it does not go. offsets_L1, segments_S1, source_N1, tile_expert, tile_row,
-    num_tiles: of this rank's rows, as in `nmoe.kernels.layout.Layout`.
+    num_tiles: of this rank's rows, as in `nmoe.kernels.layout.OwnerLayout`.
     """
 
     layer: int
@@ -117,7 +118,7 @@ def sent_kernel(expert_ptr, count_ptr, rank_ptr, tokens, blocks, local, N: tl.co
 def shape_kernel(counts_ptr, base_ptr, start_ptr, source_ptr, offsets_ptr, segments_ptr, first_tile_ptr, num_tiles_ptr,
                  rank, experts, local, N: tl.constexpr, EXPERTS: tl.constexpr, LOCAL: tl.constexpr,
                  RANKS: tl.constexpr, TILE_ROWS: tl.constexpr):  # fmt: skip
-    """counts_NC to the first row of this rank's pairs of each expert, its first place at each owner, and its own shape."""
+    """counts_NC to the first row of this rank's pairs of each expert, its first place at each owner, and its shape."""
     stride = experts + N
     e = tl.arange(0, EXPERTS)
     every = tl.zeros([EXPERTS], tl.int32)
@@ -208,7 +209,7 @@ def count(expert_TK: Tensor, *, num_experts: int, ranks: int) -> Counted:
     )
     sent_kernel[(token_blocks,)](
         expert_TK, counted.before_NB, counted.rank_TN, tokens, token_blocks, num_experts // ranks, ranks, top_k,
-        triton.next_power_of_2(top_k), BLOCK, num_warps=4,
+        triton.next_power_of_2(top_k), BLOCK, num_warps=8,
     )  # fmt: skip
     scan_kernel[(num_experts,)](counted.before_EB, counted.counts_C, blocks, 1024, num_warps=4)
     scan_kernel[(ranks,)](counted.before_NB, counted.counts_C[num_experts:], token_blocks, 1024, num_warps=4)
@@ -236,8 +237,8 @@ def place(
     most = most_rows(ranks=ranks, tokens=most_tokens, num_experts=num_experts, top_k=top_k)
     bound = most // TILE_ROWS + local
     places = Places(
-        layer, expert_TK, new(tokens, top_k), new(tokens, ranks), new(local + 1), new(local * ranks + 1), new(ranks + 1),
-        new(bound), new(bound), new(1),
+        layer, expert_TK, new(tokens, top_k), new(tokens, ranks), new(local + 1), new(local * ranks + 1),
+        new(ranks + 1), new(bound), new(bound), new(1),
     )  # fmt: skip
     base_E, start_N, first_tile_L = new(num_experts), new(ranks), new(local)
     shape_kernel[(1,)](

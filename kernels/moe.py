@@ -27,7 +27,7 @@ from torch import Tensor
 from nmoe.errors import fail
 from nmoe.kernels.combine import combine, gather_rows, sum_dots
 from nmoe.kernels.launch import Table, launches
-from nmoe.kernels.layout import Layout
+from nmoe.kernels.layout import Rows
 from nmoe.kernels.products import dgate_product, down_product, dx_product, up_product, weight_gradient
 
 
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
 
     h_2RF: Tensor
     weight_TK: Tensor
-    layout: Layout
+    layout: Rows
 
 
 class Gradients(NamedTuple):
@@ -82,7 +82,7 @@ def require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF:
 
 
 def experts_forward(
-    x_TD: Tensor, layout: Layout, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, table: Table | None = None
+    x_TD: Tensor, layout: Rows, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, table: Table | None = None
 ) -> tuple[Tensor, Tensor]:
     """Each pair's output row y_RD, before its weight, and the pre-activations h_2RF, in bf16.
 
@@ -96,7 +96,7 @@ def experts_forward(
 
 def experts_backward(
     dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, h_2RF: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
-    layout: Layout, grads: tuple[Tensor, Tensor], accumulate: bool, table: Table | None = None,
+    layout: Rows, grads: tuple[Tensor, Tensor], accumulate: bool, table: Table | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each pair's gradient of x, dx_RD in bf16, and <dout W_down, a> in parts, float32 (N, R).
 
@@ -117,7 +117,7 @@ def experts_backward(
 
 
 def moe_forward(
-    x_TD: Tensor, layout: Layout, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
+    x_TD: Tensor, layout: Rows, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
     table: Table | None = None,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
     """The layer's output (T, D) in bf16 and what backward needs.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nmoe.kernels.launch import Launch
-from nmoe.kernels.layout import TILE_ROWS, Layout
+from nmoe.kernels.layout import TILE_ROWS, Rows
 
 STEP = 64  # columns of K in one stage of the ring
 
@@ -56,7 +56,7 @@ def _weights(w: Tensor, *box: int):
 
 
 def _launch_rows(
-    kind: str, a: Tensor, b, c, h, aw, weight_R: Tensor, dot_NR: Tensor, layout: Layout, D: int, tiles: int, steps: int,
+    kind: str, a: Tensor, b, c, h, aw, weight_R: Tensor, dot_NR: Tensor, layout: Rows, D: int, tiles: int, steps: int,
     p: Launch,
 ) -> None:  # fmt: skip
     from nmoe.kernels import grouped
@@ -71,7 +71,7 @@ def _launch_rows(
     )  # fmt: skip
 
 
-def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> tuple[Tensor, Tensor]:
+def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, p: Launch) -> tuple[Tensor, Tensor]:
     """h_2RF = x W_gate^T and x W_up^T, rounded to bf16, and a_RF = silu(h_0) * h_1."""
     F, D = w_gate_up_E2FD.shape[2:]
     R = len(layout.token_R)
@@ -85,7 +85,7 @@ def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> 
     return h_2RF, a_RF
 
 
-def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Layout, p: Launch) -> Tensor:
+def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Rows, p: Launch) -> Tensor:
     """y_RD = a W_down^T, the experts' rows before the router's weight."""
     D, F = w_down_EDF.shape[1:]
     y_RD = torch.empty(len(a_RF), D, dtype=a_RF.dtype, device=a_RF.device)
@@ -97,7 +97,7 @@ def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Layout, p: Launch) ->
 
 
 def dgate_product(
-    dout: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Layout, p: Launch
+    dout: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Rows, p: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh_2RF, the weighted a_RF, and <dout W_down, a> in parts, float32 (N, R)."""
     D, F = w_down_EDF.shape[1:]
@@ -112,7 +112,7 @@ def dgate_product(
     return dh_2RF, aw_RF, dot_NR
 
 
-def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch) -> Tensor:
+def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, p: Launch) -> Tensor:
     """dx_RD = dh_0 W_gate + dh_1 W_up."""
     F, D = w_gate_up_E2FD.shape[2:]
     dx_RD = torch.empty(dh_2RF.shape[1], D, dtype=dh_2RF.dtype, device=dh_2RF.device)
@@ -124,7 +124,7 @@ def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Layout, p: Launch
 
 
 def weight_gradient(
-    tokens: Tensor, rows_PRF: Tensor, layout: Layout, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
+    tokens: Tensor, rows_PRF: Tensor, layout: Rows, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
 ) -> None:
     """out[e] (+)= the sum over e's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
 
@@ -138,7 +138,7 @@ def weight_gradient(
     planes, R, F = rows_PRF.shape
     D = tokens.shape[1]
     experts = len(layout.offsets_E1) - 1
-    segments = layout.offsets_E1 if layout.segments_S1 is None else layout.segments_S1
+    segments = layout.segments_S1
     bg, br = (128, 256) if F % 256 == 0 else (256, 128)  # the wide side lies along F unless that would waste it
     g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
     whole = D % bg == 0 and F % br == 0

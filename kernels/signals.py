@@ -13,18 +13,26 @@ atomic, and its default scope is the GPU: both are written here. One block polls
 whoever reads what peers wrote is a later kernel. The atomics are exchanges with one writer each: they decide no value.
 
 A wait is bounded by the device's clock. When it ends in vain, the block writes (1, peer, phase's name, layer, seen,
-expected) to host memory, sets the verdict, and goes on, and so does every later one without waiting: the data are worthless then, every index
-that stands in a region is still within it, and the verdict keeps them from the state.
+expected) to host memory, sets the verdict, and goes on, and so does every later one without waiting: the data are
+worthless then, every index that stands in a region is still within it, and the verdict keeps them from the state.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import globaltimer
 
 FLAG_WORDS = 16  # int64: a flag has 128 bytes for itself
 REPORT_WORDS = 6
 WORDS_BLOCK = 1024
+
+
+@triton.jit
+def now():
+    """The device's clock in ns, the same for all threads of the block: they then leave a loop together."""
+    each = tl.inline_asm_elementwise(
+        "mov.u64 $0, %globaltimer;", "=l,r", [tl.arange(0, 128)], dtype=tl.int64, is_pure=False, pack=1
+    )
+    return tl.max(each, 0)
 
 
 @triton.jit(do_not_specialize=["words", "name", "layer", "limit_ns", "rank"])  # nothing compiles during a step
@@ -53,11 +61,11 @@ def meet_kernel(phase_ptr, flags_ptr, peers_ptr, word_ptr, boxes_ptr, words, ver
                 flag = flags_ptr + n * FLAG_WORDS
                 seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
                 if (seen < phase) & (broken == 0):
-                    start = globaltimer()
+                    start = now()
                     waited = start - start
                     while (seen < phase) & (waited < limit_ns):
                         seen = tl.atomic_add(flag, 0, sem="acquire", scope="sys")
-                        waited = globaltimer() - start
+                        waited = now() - start
                     if seen < phase:
                         broken += 1
                         tl.store(report_ptr + 1, n)
@@ -83,6 +91,7 @@ def meet(
     """
     count = 0 if words is None else words.numel()
     meet_kernel[(1,)](
-        phase, flags, peers_N, phase if words is None else words, peers_N if boxes_N is None else boxes_N, count, verdict,
-        report, name, layer, limit_ns, rank, publish, observe, len(peers_N), FLAG_WORDS, WORDS_BLOCK, num_warps=4,
+        phase, flags, peers_N, phase if words is None else words, peers_N if boxes_N is None else boxes_N, count,
+        verdict, report, name, layer, limit_ns, rank, publish, observe, len(peers_N), FLAG_WORDS, WORDS_BLOCK,
+        num_warps=4,
     )  # fmt: skip

@@ -9,7 +9,7 @@ One rank gathers rows from x and sums its pairs' rows where the products left th
 between. The products and the sums are the same, at the same places, and so are the bits.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from nmoe.kernels.moe import (
     require,
 )
 from nmoe.rdep.transport import Transport
+
+if TYPE_CHECKING:
+    from nmoe.rdep.cuda import CudaTransport
 
 
 class HopperSwiglu(torch.autograd.Function):
@@ -50,10 +53,11 @@ class HopperSwiglu(torch.autograd.Function):
             ctx.save_for_backward(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, saved.h_2RF)
             return y_TD
         require(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF)
-        received = cast(Received, transport.dispatch(x_TD, weights_TK, places))
+        several = cast("CudaTransport", transport)
+        received = several.dispatch(x_TD, weights_TK, places)
         layout = received.layout
         y_RD, h_2RF = experts_forward(received.x_UD, layout, w_gate_up_L2FD, w_down_LDF)
-        rows_PD, slot_TK = transport.give_back(y_RD, received, places)
+        rows_PD, slot_TK = several.give_back(y_RD, received, places)
         ctx.save_for_backward(
             *received[:3], w_gate_up_L2FD, w_down_LDF, h_2RF, layout.token_R, layout.pair_R, layout.row_TK
         )
@@ -67,9 +71,9 @@ class HopperSwiglu(torch.autograd.Function):
         if isinstance(places, Layout):
             x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, h_2RF = ctx.saved_tensors
             saved = Saved(h_2RF, weights_TK, places)
-            dx_TD, d_weights_TK, *grads = moe_backward(
-                dy_TD, x_TD, w_gate_up_L2FD, w_down_LDF, saved, grads=continued
-            )
+            found = moe_backward(dy_TD, x_TD, w_gate_up_L2FD, w_down_LDF, saved, grads=continued)
+            dx_TD, d_weights_TK = found.x_TD, found.weight_TK
+            grads = found.w_gate_up_E2FD, found.w_down_EDF
         else:
             x_UD, weight_UK, token_U, w_gate_up_L2FD, w_down_LDF, h_2RF, *index = ctx.saved_tensors
             received = Received(x_UD, weight_UK, token_U, received_layout(places, *index))

@@ -1,5 +1,7 @@
 """The MoE layer: y = sum over the chosen k of w_k expert_k(x), plus the shared experts' y."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -50,5 +52,24 @@ class MoE(torch.nn.Module):
 
     def routed(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
         """What follows the routing: the chosen experts, and the shared ones."""
-        y_TD: Tensor = self.experts(x_TD, weights_TK, places, self.transport)
-        return y_TD if self.shared is None else y_TD + self.shared(x_TD)
+        if self.shared is None:
+            y_TD: Tensor = self.experts(x_TD, weights_TK, places, self.transport)
+            return y_TD
+        if self.transport.ranks == 1 or x_TD.device.type == "cpu":
+            return self.experts(x_TD, weights_TK, places, self.transport) + self.shared(x_TD)
+        # Beside each other: the shared experts' products run while rows are on their way.
+        main, side = torch.cuda.current_stream(x_TD.device), side_stream(x_TD.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            shared_TD = self.shared(x_TD)
+        x_TD.record_stream(side)  # backward may drop its last reference while the other stream still reads
+        shared_TD.record_stream(main)
+        y_TD = self.experts(x_TD, weights_TK, places, self.transport)
+        main.wait_stream(side)
+        return y_TD + shared_TD
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of what runs beside the experts of several ranks; one for all layers."""
+    return torch.cuda.Stream(device)

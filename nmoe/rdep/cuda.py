@@ -1,18 +1,18 @@
 """The transport between the GPUs of one node, over memory that they share.
 
-The phases are those of `nmoe.rdep.shm`, and so is what makes a buffer free: to publish a phase is to say that everything
-of the phases before it has been read, because the kernels that read are earlier in the stream.
+The phases are those of `nmoe.rdep.shm`, and so is what makes a buffer free: to publish a phase is to say that
+everything of the phases before it has been read, because the kernels that read are earlier in the stream.
 
     counts             each rank puts its counts into every rank's box; all compute the same layout
-    rows               a source stores a token's row once at each owner that has one of its experts, with the list of its
-                       pairs there: expert row, weight
+    rows               a source stores a token's row once at each owner that has one of its experts, with the list of
+                       its pairs there: expert row, weight
     outputs            an owner stores each pair's output row into the source's slot [token, k]
     output gradients   as rows, over the saved layout, unweighted and without the lists
     input gradients    as outputs, with one float32 <dA', A> for each pair
 
-A phase is a kernel that stores, and `nmoe.rdep.cuda_signals`. Nothing here waits for the device or depends on how many rows
-came: buffers and grids are for the most there can be, N * T tokens, and counts stay on the device. What backward
-needs is copied out of the shared memory.
+A phase is a kernel that stores, and `nmoe.rdep.cuda_signals`. Nothing here waits for the device or depends on how
+many rows came: buffers and grids are for the most there can be, N * T tokens, and counts stay on the device. What
+backward needs is copied out of the shared memory.
 """
 
 from typing import cast
@@ -46,8 +46,8 @@ def regions(sizes: Sizes) -> Regions:
 class CudaTransport:
     """One rank of a node's ranks.
 
-    group: exactly these ranks, on one node. sizes: the same on all, for the plan's largest microbatch. late: what a wait
-    in vain sets. Made by all ranks together. RunError N0806 if there is no room.
+    group: exactly these ranks, on one node. sizes: the same on all, for the plan's largest microbatch. late: what a
+    wait in vain sets. Made by all ranks together. RunError N0806 if there is no room.
     """
 
     def __init__(
@@ -120,5 +120,5 @@ class CudaTransport:
         return rows_PD, slot_TK, cast(Tensor, d_weights_P.clone()).view(slot_TK.shape)
 
     def _slots(self, places: Places) -> tuple[Tensor, Tensor]:
-        """The rows that came back for this rank's pairs, and where they lie: the slot of [token, k] is the pair's number."""
+        """The rows that came back for this rank's pairs, and where: the slot of [token, k] is the pair's number."""
         return self.memory.mine["returned_PD"], self.slot_TK[: len(places.row_TK)]

@@ -15,8 +15,8 @@ from nmoe.rdep.cuda_signals import CudaSignals, Late
 class CudaNode:
     """One rank of a node's ranks, each with a flat float32 buffer of `size` elements that all can read and write.
 
-    group: exactly these ranks, on one node. most: bytes of what one rank gives to a gathering, at most. late: what a wait
-    in vain sets. Made by all ranks together. RunError N0806 if there is no room.
+    group: exactly these ranks, on one node. most: bytes of what one rank gives to a gathering, at most. late: what a
+    wait in vain sets. Made by all ranks together. RunError N0806 if there is no room.
     """
 
     def __init__(

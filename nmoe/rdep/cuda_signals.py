@@ -1,9 +1,9 @@
 """Signals between the GPUs of a node: `nmoe.kernels.signals`, and what a wait in vain says to the host.
 
 The host never waits for a phase. What comes too late is seen on the device: `Late.verdict` is then set, which every
-write of the training's state must heed, and `Late.check`, which the training calls once a step and which does not wait,
-raises what the CPU ranks' time-out raises. A process that died is seen by its peers as a wait in vain too; whoever watches
-the processes is quicker.
+write of the training's state must heed, and `Late.check`, which the training calls once a step and which does not
+wait, raises what the CPU ranks' time-out raises. A process that died is seen by its peers as a wait in vain too;
+whoever watches the processes is quicker.
 """
 
 import torch

@@ -7,8 +7,9 @@ a token's rows in the order of k.
 One layer and one microbatch call, in this order, `layout`, `dispatch`, `give_back`, and for
 backward `dispatch_gradients`, `give_back_gradients`. On several ranks these are the phases that all
 ranks run together, empty microbatches included. What a call returns may lie in memory that the next
-call gives free, except what `dispatch` returns: that is kept for backward. On a GPU there is one rank, whose
-kernels gather and add by themselves: of the five only `layout` is called.
+call gives free, except what `dispatch` returns: that is kept for backward. One rank on a GPU has kernels that
+gather and add by themselves: of the five only `layout` is called. Several GPUs have layouts and rows in the kernels'
+own types (`nmoe.kernels.layout_ranks`, `nmoe.kernels.exchange`), with room for the most there can be.
 """
 
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -20,9 +21,10 @@ from nmoe.rdep.layout import Layout
 
 if TYPE_CHECKING:
     from nmoe.kernels.layout import Layout as DeviceLayout
+    from nmoe.kernels.layout_ranks import Places as DevicePlaces
 
-Places: TypeAlias = "Layout | DeviceLayout"
-"""The layout of a routing: plain torch's on the CPU, the kernels' on a GPU."""
+Places: TypeAlias = "Layout | DeviceLayout | DevicePlaces"
+"""The layout of a routing: plain torch's on the CPU, the kernels' on one GPU and on several."""
 
 
 @attrs.frozen(eq=False)

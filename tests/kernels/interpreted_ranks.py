@@ -1,4 +1,4 @@
-"""Run by test_ranks_interpreted.py in a process of its own, because Triton reads TRITON_INTERPRET when kernels are defined.
+"""Run by test_ranks_interpreted.py in a process of its own: Triton reads TRITON_INTERPRET when kernels are defined.
 
 N ranks in one process: a peer's memory is another tensor, and each phase's kernels run for one rank after the other.
 Prints one JSON object, name -> how many of the compared cases were wrong.
@@ -202,7 +202,7 @@ def now() -> int:
     return clock[0]
 
 
-signals.globaltimer = now
+signals.now = now
 one = Rank(3, 1, 1, 3)
 one.flags[signals.FLAG_WORDS] = 2  # rank 1 is there; rank 0 is not
 for name in (4, 5):
