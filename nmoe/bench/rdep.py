@@ -1,5 +1,7 @@
 """A layer's routed experts on several CPU ranks, beside the same layer on each rank alone.
 
+Where there are GPUs it is `nmoe.bench.rdep_cuda` instead, unless --cpu says otherwise.
+
 `torchrun --standalone --nproc-per-node=2 -m nmoe.bench.rdep` times, in the same processes and turn by
 turn, layout, dispatch, experts and return, forward and backward, at fixed tokens a rank:
 
@@ -14,6 +16,7 @@ local layer, on every rank. `bytes`: of one rank's shared memory.
 
 import argparse
 import json
+import sys
 import time
 
 import torch
@@ -45,6 +48,7 @@ def main() -> None:
     for name, value in (("tokens", 2048), ("hidden", 256), ("width", 256), ("experts", 16), ("top-k", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--cpu", action="store_true", help="the CPU ranks, also where there are GPUs")
     a = parser.parse_args()
     me = platform.process()
     platform.require("cpu", threads=1)
@@ -97,4 +101,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if "--cpu" in sys.argv or not torch.cuda.is_available():
+        main()
+    else:
+        from nmoe.bench import rdep_cuda
+
+        rdep_cuda.main(sys.argv[1:])

@@ -32,7 +32,7 @@ from torch import Tensor
 from nmoe.experts.product import into, product
 from nmoe.experts.swiglu import swiglu, swiglu_backward
 from nmoe.rdep.layout import Layout, combine
-from nmoe.rdep.transport import Places, Received, Transport
+from nmoe.rdep.transport import AnyTransport, Places, Received, Transport
 
 CHUNK_ROWS = 2048
 
@@ -161,7 +161,7 @@ class GroupedExperts(torch.nn.Module):
         self.w_gate_up_E2FD = torch.nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.w_down_EDF = torch.nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places, transport: Transport) -> Tensor:
+    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places, transport: AnyTransport) -> Tensor:
         """y_t = sum over k of w_tk * expert_{i_tk}(x_t), i the routing that the transport's `layout` gave places for.
 
         x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x and w. The

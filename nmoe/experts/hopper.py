@@ -27,7 +27,7 @@ from nmoe.kernels.moe import (
     moe_forward,
     require,
 )
-from nmoe.rdep.transport import Transport
+from nmoe.rdep.transport import AnyTransport
 
 if TYPE_CHECKING:
     from nmoe.rdep.cuda import CudaTransport
@@ -44,7 +44,7 @@ class HopperSwiglu(torch.autograd.Function):
         w_gate_up_L2FD: Tensor,
         w_down_LDF: Tensor,
         places: Layout | Places,
-        transport: Transport,
+        transport: AnyTransport,
     ) -> Tensor:
         ctx.matrices = w_gate_up_L2FD, w_down_LDF
         ctx.places, ctx.transport = places, transport

@@ -10,8 +10,7 @@ from nmoe.experts.grouped import GroupedExperts
 from nmoe.model.mlp import DenseMlp
 from nmoe.model.recompute import again
 from nmoe.model.router import Router
-from nmoe.rdep.layout import Layout
-from nmoe.rdep.transport import Places, Transport
+from nmoe.rdep.transport import AnyTransport, Places
 
 
 class MoE(torch.nn.Module):
@@ -22,7 +21,7 @@ class MoE(torch.nn.Module):
     """
 
     def __init__(
-        self, *, router: Router, experts: GroupedExperts, shared: DenseMlp | None, transport: Transport, layer: int
+        self, *, router: Router, experts: GroupedExperts, shared: DenseMlp | None, transport: AnyTransport, layer: int
     ) -> None:
         super().__init__()
         self.router, self.experts, self.shared = router, experts, shared

@@ -22,9 +22,13 @@ from nmoe.rdep.layout import Layout
 if TYPE_CHECKING:
     from nmoe.kernels.layout import Layout as DeviceLayout
     from nmoe.kernels.layout_ranks import Places as DevicePlaces
+    from nmoe.rdep.cuda import CudaTransport
 
 Places: TypeAlias = "Layout | DeviceLayout | DevicePlaces"
 """The layout of a routing: plain torch's on the CPU, the kernels' on one GPU and on several."""
+
+AnyTransport: TypeAlias = "Transport | CudaTransport"
+"""The second has the first's verbs, with the kernels' types."""
 
 
 @attrs.frozen(eq=False)

@@ -1,6 +1,7 @@
-"""The kernels between ranks in Triton's interpreter: N ranks simulated in one process, bit for bit against plain torch.
+"""The kernels between ranks in Triton's interpreter, bit for bit against plain torch.
 
-Against one sort of all pairs, against the CPU ranks' layout, and against one rank that takes the microbatches alone.
+interpreted_ranks.py: N ranks in one process, against one sort of all pairs, the CPU ranks' layout, and one rank that
+takes the microbatches alone. interpreted_transport.py: the transport and the layer over it, in two processes.
 """
 
 import json
@@ -21,18 +22,18 @@ NAMES = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def wrong() -> dict[str, int]:
-    script = Path(__file__).with_name("interpreted_ranks.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+TRANSPORT = (
+    "layer.y", "layer.dx", "layer.dw", "layer.matrices", "node.peers", "node.gather", "late.text", "late.verdict",
+)  # fmt: skip
+
+
+def answer(script: str) -> dict[str, int]:
+    path = Path(__file__).with_name(script)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_rank_agrees(wrong: dict[str, int], name: str) -> None:
-    assert wrong[name] == 0
-
-
-def test_nothing_is_compared_unseen(wrong: dict[str, int]) -> None:
-    assert set(wrong) == set(NAMES)
+@pytest.mark.parametrize(("script", "names"), [("interpreted_ranks.py", NAMES), ("interpreted_transport.py", TRANSPORT)])
+def test_every_rank_agrees(script: str, names: tuple[str, ...]) -> None:
+    assert answer(script) == dict.fromkeys(names, 0)

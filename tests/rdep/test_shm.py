@@ -81,7 +81,7 @@ def test_the_whole_layer_with_its_router(ranks):
 def test_torchrun_starts_it(tmp_path):
     """The rendezvous of a launch, in processes of their own: the ranks' times, one line of JSON."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    shape = ["--tokens", "64", "--hidden", "16", "--width", "16", "--experts", "4", "--top-k", "2", "--repeats", "2"]
+    shape = ["--cpu", "--tokens=64", "--hidden=16", "--width=16", "--experts=4", "--top-k=2", "--repeats=2"]
     done = subprocess.run(
         [*launch, "-m", "nmoe.bench.rdep", *shape], capture_output=True, text=True, check=False, cwd=tmp_path
     )

@@ -1,0 +1,252 @@
+"""Dispatch and return between the GPUs of a node, beside NCCL and NVSHMEM on the same rows.
+
+`torchrun --standalone --nproc-per-node=N -m nmoe.bench.rdep` on GPUs. Rows of 2048 bf16, 8192 and 32768 tokens a rank,
+top-8 of 128 experts; balanced, and Zipf (an expert's popularity is 1 / its place in a fixed random order).
+
+    layout     counts exchanged, every pair's row
+    dispatch   rows and lists sent, the phase, what backward needs kept
+    return     each pair's output row to its slot, the phase
+    layer      the experts between them too, forward and backward, beside one GPU with all experts and its own tokens
+
+A time is the median of `--repeats` calls by CUDA events, each call's the slowest rank's. `GB/s` is unique payload that
+one rank sends to others (for dispatch a token's row once to each owner) over the time of the kernel that sends and the
+phase after it. `host_waits` counts calls of the CUDA runtime that wait, in a profiler's trace of 20 layouts, dispatches
+and returns. --vdev times torch's all_to_all_vdev alone: NVSHMEM wants a process of its own.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nmoe import platform
+from nmoe.bench.rdep_peers import Nccl, NcclPairs, Vdev
+from nmoe.experts.bf16 import Bf16Experts
+from nmoe.kernels.exchange import dispatch
+from nmoe.kernels.layout_ranks import Places
+from nmoe.rdep.cuda import CudaTransport
+from nmoe.rdep.cuda_signals import Late
+from nmoe.rdep.local import LocalTransport
+from nmoe.rdep.memory import Sizes
+from nmoe.rdep.transport import AnyTransport
+
+WIDTH, EXPERTS, TOP_K, INTERMEDIATE = 2048, 128, 8, 768
+TOKENS = (8192, 32768)
+Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x, indices, weights, dy
+
+
+def routed(kind: str, tokens: int, seed: int, device: torch.device) -> Tensor:
+    """(T, K) int64, all different for a token: the largest of log popularity plus Gumbel noise."""
+    generator = torch.Generator(device).manual_seed(seed)
+    noise_TE = -torch.log(-torch.log(torch.rand(tokens, EXPERTS, generator=generator, device=device).clamp_min(1e-9)))
+    if kind == "zipf":
+        place_E = torch.randperm(EXPERTS, generator=torch.Generator().manual_seed(9)).to(device)
+        noise_TE -= torch.log(1.0 + place_E)
+    return noise_TE.topk(TOP_K, dim=1).indices
+
+
+class Clock:
+    """Times of calls, the slowest rank's."""
+
+    def __init__(self, repeats: int, device: torch.device) -> None:
+        self.repeats, self.device = repeats, device
+
+    def __call__(self, call: Callable[[], object], before: Callable[[], object] | None = None) -> float:
+        """ms: the median of `call`; `before` runs before each one and is not counted."""
+        events = []
+        for _ in range(self.repeats + 3):
+            if before is not None:
+                before()
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            call()
+            end.record()
+            events.append((begin, end))
+        torch.cuda.synchronize()
+        times = torch.tensor([b.elapsed_time(e) for b, e in events[3:]], device=self.device)
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        return statistics.median(times.tolist())
+
+
+def sent(several: CudaTransport, indices_TK: Tensor, places: Places) -> dict[str, float]:
+    """Unique bytes that a rank sends to others in dispatch and return: the mean of the ranks."""
+    away = torch.arange(several.ranks, device=indices_TK.device) != several.rank
+    rows = (places.place_TN[:, away] >= 0).sum()
+    pairs = (indices_TK // (EXPERTS // several.ranks) != several.rank).sum()  # others give these back to this rank
+    total = torch.stack([rows, pairs]).double()
+    dist.all_reduce(total)
+    row = WIDTH * 2
+    return dict(zip(("dispatch", "return"), (total * row / several.ranks).tolist(), strict=True))
+
+
+def host_waits(call: Callable[[], object]) -> list[str]:
+    """The names of calls that waited for the device, or copied to or from the host, before a trace's last launch."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        for _ in range(20):
+            call()
+    events = [(event.time_range.start, event.name) for event in profile.events()]
+    launches = [start for start, name in events if "LaunchKernel" in name]
+    if len(launches) < 20 * 10:
+        return [f"the trace has {len(launches)} launches only"]
+    words = ("Synchronize", "DtoH", "HtoD", "cudaEventQuery")
+    return [name for start, name in events if start < max(launches) and any(word in name for word in words)]
+
+
+def experts_of(count: int, device: torch.device) -> Bf16Experts:
+    module = Bf16Experts(num_experts=count, hidden_size=WIDTH, intermediate_size=INTERMEDIATE)
+    generator = torch.Generator(device).manual_seed(2)
+    for parameter in module.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator, device=device) * 0.02
+        parameter.data = drawn.bfloat16()
+        parameter.grad_dtype = torch.float32
+    return module
+
+
+def layer_times(clock: Clock, through: AnyTransport, batch: Batch, device: torch.device) -> dict[str, float]:
+    """Forward and backward of the experts with their transport, gradients continued as in a later pass."""
+    x_TD, indices_TK, weights_TK, dy_TD = batch
+    module = experts_of(EXPERTS // through.ranks, device)
+    kept: list[Tensor] = []
+
+    def forward() -> None:
+        kept[:] = [module(x_TD, weights_TK, through.layout(indices_TK, EXPERTS, 0), through)]
+
+    def backward() -> None:
+        for y_TD in kept:
+            y_TD.backward(dy_TD)
+        kept.clear()
+
+    return {"forward": clock(forward, backward), "backward": clock(backward, forward)}
+
+
+def measure(repeats: int, tokens: int, kind: str, device: torch.device) -> dict[str, object]:
+    """One row of the table."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    clock, late = Clock(repeats, device), Late(rank=rank, device=device, timeout_s=20)
+    sizes = Sizes(ranks=ranks, tokens=tokens, num_experts=EXPERTS, top_k=TOP_K, hidden_size=WIDTH, dtype=torch.bfloat16)
+    group = dist.group.WORLD
+    assert group is not None
+    several = CudaTransport(group=group, sizes=sizes, device=device, late=late)
+    generator = torch.Generator(device).manual_seed(rank)
+    x_TD, dy_TD = (torch.randn(tokens, WIDTH, generator=generator, device=device).bfloat16() for _ in range(2))
+    weights_TK = torch.rand(tokens, TOP_K, generator=generator, device=device)
+    batch = x_TD, routed(kind, tokens, 100 + rank, device), weights_TK, dy_TD
+    row = {"tokens": tokens, "routing": kind, **exchange_times(clock, several, batch)}
+    x_TD.requires_grad_()
+    weights_TK.requires_grad_()
+    row["layer"] = layer_times(clock, several, batch, device)
+    row["layer_alone"] = layer_times(clock, LocalTransport(), batch, device)
+    late.check()
+    return row
+
+
+def exchange_times(clock: Clock, several: CudaTransport, batch: Batch) -> dict[str, object]:
+    """Ours, and NCCL's, which must bring the same rows."""
+    x_TD, indices_TK, weights_TK, _ = batch
+    rank, ranks = several.rank, several.ranks
+    places = several.layout(indices_TK, EXPERTS, 0)
+    received = several.dispatch(x_TD, weights_TK, places)
+    rows_R = len(received.layout.token_R)
+    y_RD = torch.randn(rows_R, WIDTH, generator=torch.Generator(x_TD.device).manual_seed(rank), device=x_TD.device)
+    y_RD = y_RD.bfloat16()
+    own_UD = torch.empty_like(received.x_UD)
+
+    def send() -> None:
+        dispatch(x_TD, places, several.memory.table["rows_UD"], own_UD, rank, weights_TK, several.lists)
+        several.meet("rows", 0)
+
+    def all_three() -> None:
+        now = several.layout(indices_TK, EXPERTS, 0)
+        several.give_back(y_RD, several.dispatch(x_TD, weights_TK, now), now)
+
+    payload = sent(several, indices_TK, places)
+    ours = {
+        "phase": clock(lambda: several.meet("nothing", 0)),
+        "layout": clock(lambda: several.layout(indices_TK, EXPERTS, 0)),
+        "send": clock(send),
+        "dispatch": clock(lambda: several.dispatch(x_TD, weights_TK, places)),
+        "return": clock(lambda: several.give_back(y_RD, received, places)),
+        "all three": clock(all_three),
+    }
+    slots, peer = several.memory.mine["returned_PD"], several.memory.at((rank + 1) % ranks, "returned_PD")
+    copied = clock(lambda: peer.copy_(y_RD[: len(slots)]), lambda: several.meet("copy", 0))
+    rates = {
+        "dispatch": payload["dispatch"] / ours["send"] / 1e6,
+        "return": payload["return"] / ours["return"] / 1e6,
+        "copy": slots.numel() * 2 / copied / 1e6,
+    }
+    row: dict[str, object] = {"bytes": payload, "ours": ours, "GB/s": rates}
+    row["host_waits"] = host_waits(all_three)
+    torch.cuda.synchronize()
+    several.late.check()
+    found_PD = several.give_back(y_RD, received, places)[0][: indices_TK.numel()].clone()
+    for name, kind_of in (("nccl", Nccl), ("nccl_pairs", NcclPairs)):
+        peers = kind_of(indices_TK, EXPERTS, ranks)
+        rows_RD = peers.dispatch(x_TD, weights_TK)
+        ours_RD = received.x_UD[received.layout.token_R[: len(rows_RD)].long()]
+        came_RD = y_RD[: len(rows_RD)]
+        row[name] = {
+            "same": torch.equal(rows_RD, ours_RD) and torch.equal(peers.give_back(came_RD), found_PD),
+            "dispatch": clock(functools.partial(peers.dispatch, x_TD, weights_TK)),
+            "return": clock(functools.partial(peers.give_back, came_RD)),
+        }
+    return row
+
+
+def measure_vdev(repeats: int, tokens: int, kind: str, device: torch.device) -> dict[str, object]:
+    """The rows of dispatch, permuted and sent; the pairs' rows of return, sent."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    clock, local = Clock(repeats, device), EXPERTS // ranks
+    indices_TK = routed(kind, tokens, 100 + rank, device)
+    x_TD = torch.randn(tokens, WIDTH, device=device).bfloat16()
+    owner_TK = indices_TK // local
+    sent_TN = torch.zeros(tokens, ranks, dtype=torch.bool, device=device).scatter_(1, owner_TK, True)
+    token_S = sent_TN.t().nonzero()[:, 1]
+    there = Vdev(tokens * ranks, WIDTH, ranks, device)
+    there.sent_N.copy_(sent_TN.sum(0))
+
+    def forth() -> None:
+        torch.index_select(x_TD, 0, token_S, out=there.rows[: len(token_S)])
+        there.run()
+
+    times = {"dispatch": clock(forth), "send": clock(there.run)}
+    back = Vdev(tokens * TOP_K * 2, WIDTH, 1, device)
+    back.sent_N, back.came_2N = there.sent_N, there.came_2N
+    pairs_NN = torch.empty(ranks, ranks, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(pairs_NN, torch.bincount(owner_TK.view(-1), minlength=ranks)[None])
+    back.sent_N.copy_(pairs_NN[:, rank])
+    times["return"] = clock(back.run)
+    return {"tokens": tokens, "routing": kind, "vdev": times}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--vdev", action="store_true", help="all_to_all_vdev alone")
+    a = parser.parse_args(arguments)
+    me = platform.process()
+    device = torch.device("cuda", me.local_rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device)
+    rows: list[dict[str, object]] = []
+    if a.vdev:
+        import torch.distributed._symmetric_memory as symm_mem
+
+        if not symm_mem.is_nvshmem_available():
+            rows.append({"vdev": "THIS BUILD OF TORCH HAS NO NVSHMEM: all_to_all_vdev IS NOT MEASURED"})
+        else:
+            symm_mem.set_backend("NVSHMEM")
+    if not rows:
+        one = measure_vdev if a.vdev else measure
+        rows = [one(a.repeats, tokens, kind, device) for tokens in TOKENS for kind in ("balanced", "zipf")]
+    if me.rank == 0:
+        answer = {"device": torch.cuda.get_device_name(), "ranks": me.world_size, "rows": rows}
+        print(json.dumps(answer) if a.json else "\n".join(json.dumps(row) for row in rows), flush=True)
+    dist.destroy_process_group()

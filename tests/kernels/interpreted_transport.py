@@ -1,0 +1,192 @@
+"""Run by test_ranks_interpreted.py: the transport between GPUs, its node, and the layer over them, on the CPU.
+
+Two processes, forked with their memory already shared, run the kernels in Triton's interpreter; the products, which
+have no interpreter, are plain torch in float32. Each compares with one rank that takes all microbatches. Prints one
+JSON object, name -> how many of the compared cases were wrong on either rank.
+"""
+
+import json
+import mmap
+import os
+import time
+from types import SimpleNamespace
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from torch import Tensor
+
+import nmoe.experts.hopper as hopper
+import nmoe.kernels.moe as moe
+import nmoe.rdep.cuda as cuda
+import nmoe.rdep.cuda_node as cuda_node
+import nmoe.rdep.cuda_signals as cuda_signals
+from nmoe.errors import NmoeError
+from nmoe.kernels import signals
+from nmoe.kernels.layout import layout_reference
+from nmoe.rdep.cuda_memory import offsets
+from nmoe.rdep.memory import Sizes
+
+torch.set_num_threads(1)
+RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 10, 16, 8, 4, 2
+DEVICE = torch.device("cpu")
+found: dict[str, int] = {}
+
+
+def wrong(name: str, is_right: bool) -> None:
+    found[name] = found.get(name, 0) + (not is_right)
+
+
+class Memory:
+    """What `CudaMemory` gives, in memory that both processes have at the same addresses."""
+
+    def __init__(self, regions, *, group, device) -> None:
+        self.regions, self.rank, self.ranks = regions, group.rank(), group.size()
+        self.offset, size = offsets(regions)
+        blocks = group.blocks.pop()
+        assert len(blocks[0]) >= size
+        self.bytes = [torch.frombuffer(block, dtype=torch.uint8, count=size) for block in blocks]
+        self.buffer = self.bytes[self.rank]
+        self.mine = {name: self.at(self.rank, name) for name in regions}
+        self.table = {
+            name: torch.tensor([b.data_ptr() + at for b in self.bytes]) for name, at in self.offset.items()
+        }  # fmt: skip
+
+    def at(self, rank: int, name: str) -> Tensor:
+        dtype, shape = self.regions[name]
+        start, size = self.offset[name], dtype.itemsize * torch.Size(shape).numel()
+        return self.bytes[rank][start : start + size].view(dtype).view(shape)
+
+
+def experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, table=None):
+    """As the kernels', row by row, so that a row's bits do not depend on the others."""
+    y_RD = torch.full((len(layout.token_R), x_TD.shape[1]), float("nan"))
+    h_2RF = torch.full((2, len(y_RD), WIDTH), float("nan"))
+    for e, (first, end) in enumerate(zip(layout.offsets_E1[:-1].tolist(), layout.offsets_E1[1:].tolist(), strict=True)):
+        for r in range(first, end):
+            x_D = x_TD[layout.token_R[r]]
+            h_2RF[:, r] = w_gate_up_E2FD[e] @ x_D
+            y_RD[r] = w_down_EDF[e] @ (torch.nn.functional.silu(h_2RF[0, r]) * h_2RF[1, r])
+    return y_RD, h_2RF
+
+
+def experts_backward(dout_TD, x_TD, weight_TK, h_2RF, w_gu, w_down, layout, grads, accumulate, table=None):
+    """As the kernels', the gradients of a segment's rows added in order to those of the segments before."""
+    weight_R = weight_TK.view(-1)[layout.pair_R]
+    dx_RD = torch.full((len(layout.token_R), x_TD.shape[1]), float("nan"))
+    dot_NR = torch.full((1, len(dx_RD)), float("nan"))
+    for e, (first, end) in enumerate(zip(layout.offsets_E1[:-1].tolist(), layout.offsets_E1[1:].tolist(), strict=True)):
+        sums = [grad[e] if accumulate else torch.zeros_like(grad[e]) for grad in grads]
+        for r in range(first, end):
+            t = layout.token_R[r]
+            h_2F = h_2RF[:, r].clone().requires_grad_()
+            with torch.enable_grad():
+                a_F = torch.nn.functional.silu(h_2F[0]) * h_2F[1]
+            d_F = dout_TD[t] @ w_down[e]
+            dot_NR[0, r] = (d_F * a_F.detach()).sum()
+            (dh_2F,) = torch.autograd.grad(a_F, h_2F, weight_R[r] * d_F)
+            sums[0] = sums[0] + dh_2F[:, :, None] * x_TD[t]
+            sums[1] = sums[1] + dout_TD[t][:, None] * (weight_R[r] * a_F.detach())
+            dx_RD[r] = (dh_2F[:, :, None] * w_gu[e]).sum((0, 1))
+        for grad, value in zip(grads, sums, strict=True):
+            grad[e] = value
+    return dx_RD, dot_NR
+
+
+def replaced() -> None:
+    for module in (moe, hopper):
+        module.experts_forward, module.experts_backward = experts_forward, experts_backward
+        module.require = lambda *tensors: None
+    cuda.CudaMemory = cuda_node.CudaMemory = Memory
+    signals.now = time.monotonic_ns
+    torch.Tensor.pin_memory = lambda self: self
+    torch.cuda.synchronize = lambda device=None: None
+
+
+class Alone:
+    """One rank's transport with the kernels' layout."""
+
+    ranks = 1
+
+    def layout(self, indices_TK: Tensor, num_experts: int, layer: int):
+        return layout_reference(indices_TK, num_experts)
+
+
+def batch(microbatch: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(microbatch)
+    tokens = 0 if microbatch == 1 else TOKENS  # one of them is empty
+    score_TE = torch.rand(tokens, EXPERTS, generator=generator)
+    if microbatch == 2:
+        score_TE[:, :2] += 1
+    x_TD, dy_TD = (torch.randn(tokens, HIDDEN, generator=generator) for _ in range(2))
+    return x_TD, score_TE.topk(TOP_K, dim=1).indices, torch.rand(tokens, TOP_K, generator=generator), dy_TD
+
+
+def matrices(first: int, count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(77)
+    whole = [torch.randn(EXPERTS, *s, generator=generator) for s in ((2, WIDTH, HIDDEN), (HIDDEN, WIDTH))]
+    return [w[first : first + count].clone().requires_grad_() for w in whole]
+
+
+def step(transport, weights: list[Tensor], one: tuple[Tensor, ...]) -> list[Tensor]:
+    x_TD, indices_TK, weights_TK, dy_TD = one
+    x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+    places = transport.layout(indices_TK, EXPERTS, 1)
+    y_TD = hopper.HopperSwiglu.apply(x_TD, weights_TK, *weights, places, transport)
+    return [y_TD.detach(), *torch.autograd.grad(y_TD, (x_TD, weights_TK), dy_TD)]
+
+
+def be(rank: int, blocks: list) -> None:
+    group = SimpleNamespace(rank=lambda: rank, size=lambda: RANKS, blocks=blocks)
+    late = cuda_signals.Late(rank=rank, device=DEVICE, timeout_s=60)
+    several = cuda.CudaTransport(group=group, sizes=SIZES, device=DEVICE, late=late)
+    mine, alone = matrices(rank * EXPERTS // RANKS, EXPERTS // RANKS), matrices(0, EXPERTS)
+    batches = [batch(m) for m in range(2 * RANKS)]
+    wanted = [step(Alone(), alone, one) if len(one[0]) else None for one in batches]
+    for j in range(2):
+        got = step(several, mine, batches[j * RANKS + rank])
+        for name, a, b in zip(("y", "dx", "dw"), got, wanted[j * RANKS + rank] or got, strict=True):
+            wrong(f"layer.{name}", torch.equal(a, b) and not a.isnan().any())
+    part = slice(rank * EXPERTS // RANKS, (rank + 1) * EXPERTS // RANKS)
+    for a, b in zip(mine, alone, strict=True):
+        wrong("layer.matrices", torch.equal(a.grad, b.grad[part]))
+
+    node = cuda_node.CudaNode(group=group, size=100, most=64, device=DEVICE, late=late)
+    for turn in range(3):
+        node.peer(rank).fill_(1.0 + rank + turn)
+        node.meet("gradients")
+        total_P = sum(node.peer(n) for n in range(RANKS))
+        wrong("node.peers", bool((total_P == sum(1.0 + n + turn for n in range(RANKS))).all()))
+        node.meet("read")
+        for dtype in (torch.float32, torch.float64):
+            got = node.gather(torch.arange(3).to(dtype) + rank * 10 + turn)
+            wrong("node.gather", got.tolist() == [[n * 10 + turn + i for i in range(3)] for n in range(RANKS)])
+    late.check()
+    late.timeout_s = 0.2
+    if rank == 0:  # the other has gone
+        node.meet("alone")
+        try:
+            late.check()
+        except NmoeError as error:
+            text = error.render()
+            wrong("late.text", all(w in text for w in ("N0803", "rank 1 did not come", "`alone` of layer 0", "0.2 s")))
+            wrong("late.verdict", int(late.verdict) == 1)
+
+
+SIZES = Sizes(
+    ranks=RANKS, tokens=TOKENS, num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, dtype=torch.float32
+)
+replaced()
+BLOCKS = [[mmap.mmap(-1, 1 << 16) for _ in range(RANKS)] for _ in range(2)]
+read, write = os.pipe()
+if os.fork() == 0:
+    try:
+        be(1, BLOCKS)
+        os.write(write, json.dumps(found).encode())
+    finally:
+        os._exit(0)
+be(0, BLOCKS)
+os.wait()
+for name, count in json.loads(os.read(read, 1 << 16)).items():
+    found[name] += count
+print(json.dumps(found))
