@@ -27,10 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nmoe.kernels.launch import EXCHANGE_LAUNCH
 from nmoe.kernels.layout import OwnerLayout
 from nmoe.kernels.layout_ranks import Places, most_rows
-
-ROWS, COLUMNS = 4, 512  # of a program's piece
 
 
 class Lists(NamedTuple):
@@ -172,7 +171,7 @@ def give_back_kernel(y_ptr, row_ptr, token_ptr, source_ptr, slots_ptr, part_ptr,
 
 def _pieces(width: int) -> tuple[int, int]:
     """How many columns a program takes, and how many programs a row."""
-    block = min(triton.next_power_of_2(width), COLUMNS)
+    block = min(triton.next_power_of_2(width), EXCHANGE_LAUNCH.columns)
     return block, triton.cdiv(width, block)
 
 
@@ -187,11 +186,12 @@ def dispatch(
     """
     tokens, width = x_TD.shape
     top_k, ranks = places.row_TK.shape[1], places.place_TN.shape[1]
+    p = EXCHANGE_LAUNCH
     block, pieces = _pieces(width)
-    dispatch_kernel[(triton.cdiv(tokens, ROWS) * pieces,)](
+    dispatch_kernel[(triton.cdiv(tokens, p.rows) * pieces,)](
         x_TD, places.place_TN, rows_N, own_UD, places.expert_TK, places.row_TK, weight_TK, *(lists or (None,) * 3),
         tokens, width, pieces, len(places.offsets_L1) - 1, rank, lists is not None, ranks, top_k,
-        triton.next_power_of_2(top_k), ROWS, block, num_warps=4,
+        triton.next_power_of_2(top_k), p.rows, block, num_warps=p.warps,
     )  # fmt: skip
 
 
@@ -218,11 +218,12 @@ def keep(
     token_R = torch.empty(rows, dtype=torch.int32, device=rows_UD.device)
     layout = received_layout(places, token_R, torch.zeros_like(token_R), torch.empty_like(row_UK))
     received = Received(x_UD, torch.empty_like(weight_UK), torch.empty_like(token_U), layout)
+    p = EXCHANGE_LAUNCH
     block, pieces = _pieces(width)
-    keep_kernel[(triton.cdiv(most // ranks, ROWS) * pieces * ranks,)](
+    keep_kernel[(triton.cdiv(most // ranks, p.rows) * pieces * ranks,)](
         rows_UD, row_UK, weight_UK, token_U, places.source_N1, x_UD, layout.row_TK, received.weight_UK,
         received.token_U, token_R, layout.pair_R, width, pieces, rank, ranks, top_k, triton.next_power_of_2(top_k),
-        ROWS, block, num_warps=4,
+        p.rows, block, num_warps=p.warps,
     )  # fmt: skip
     return received
 
@@ -238,10 +239,11 @@ def give_back(
     most, top_k = received.layout.row_TK.shape
     source_N1 = received.layout.source_N1
     ranks, width = len(source_N1) - 1, y_RD.shape[1]
+    p = EXCHANGE_LAUNCH
     block, pieces = _pieces(width)
     parts, rows = (0, 0) if part_NR is None else part_NR.shape
-    give_back_kernel[(triton.cdiv(most // ranks, ROWS) * pieces * ranks,)](
+    give_back_kernel[(triton.cdiv(most // ranks, p.rows) * pieces * ranks,)](
         y_RD, received.layout.row_TK, received.token_U, source_N1, slots_N, part_NR,
         slots_N if sums_N is None else sums_N, rows, parts, width, pieces, rank, part_NR is not None, ranks, top_k,
-        ROWS, block, num_warps=4,
+        p.rows, block, num_warps=p.warps,
     )  # fmt: skip

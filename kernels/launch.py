@@ -107,8 +107,16 @@ class TokensLaunch(NamedTuple):
 ROPE_LAUNCH = TokensLaunch(16, 4)
 
 
-ROUTER_EXPERTS, ROUTER_CHOSEN = 256, 16
-"""Most experts, and most of them for a token, that the router's kernel holds in registers."""
+class PieceLaunch(NamedTuple):
+    """A program takes `columns` of `rows` neighbouring tokens' rows."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+EXCHANGE_LAUNCH = PieceLaunch(4, 512, 4)
+"""Two 16-byte loads a thread in flight; a piece of 1 KB of a row is one run of packets."""
 
 
 class LossLaunch(NamedTuple):

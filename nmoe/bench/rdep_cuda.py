@@ -8,7 +8,7 @@ top-8 of 128 experts; balanced, and Zipf (an expert's popularity is 1 / its plac
     return     each pair's output row to its slot, the phase
     layer      the experts between them too, forward and backward, beside one GPU with all experts and its own tokens
 
-A time is the median of `--repeats` calls by CUDA events, each call's the slowest rank's. `GB/s` is unique payload that
+A time is the median of `--repeats` calls, each call's the slowest rank's. `GB/s` is unique payload that
 one rank sends to others (for dispatch a token's row once to each owner) over the time of the kernel that sends and the
 phase after it. `host_waits` counts calls of the CUDA runtime that wait, in a profiler's trace of 20 layouts, dispatches
 and returns. --vdev times torch's all_to_all_vdev alone: NVSHMEM wants a process of its own.
@@ -51,10 +51,15 @@ def routed(kind: str, tokens: int, seed: int, device: torch.device) -> Tensor:
 
 
 class Clock:
-    """Times of calls, the slowest rank's."""
+    """Times of calls, the slowest rank's. Before each one the ranks meet, and the device waits so long that the host,
+    which does not, is ahead of it: what is timed is the device's work, and the host's where a call makes it wait.
+    """
+
+    AHEAD_CYCLES = 4_000_000
 
     def __init__(self, repeats: int, device: torch.device) -> None:
         self.repeats, self.device = repeats, device
+        self.token = torch.zeros(1, device=device)
 
     def __call__(self, call: Callable[[], object], before: Callable[[], object] | None = None) -> float:
         """ms: the median of `call`; `before` runs before each one and is not counted."""
@@ -62,6 +67,8 @@ class Clock:
         for _ in range(self.repeats + 3):
             if before is not None:
                 before()
+            torch.cuda._sleep(self.AHEAD_CYCLES)
+            dist.all_reduce(self.token)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             call()

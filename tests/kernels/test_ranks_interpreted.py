@@ -34,6 +34,6 @@ def answer(script: str) -> dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(("script", "names"), [("interpreted_ranks.py", NAMES), ("interpreted_transport.py", TRANSPORT)])
+@pytest.mark.parametrize(("script", "names"), [("ranks", NAMES), ("transport", TRANSPORT)])
 def test_every_rank_agrees(script: str, names: tuple[str, ...]) -> None:
-    assert answer(script) == dict.fromkeys(names, 0)
+    assert answer(f"interpreted_{script}.py") == dict.fromkeys(names, 0)
