@@ -74,8 +74,9 @@ class NcclPairs:
         self.there, self.back = splits_of(pairs_N)
         rows = exchanged(x_TD[self.pair_P // self.indices_TK.shape[1]], self.there, self.back)
         expert_R = exchanged(sorted_P, self.there, self.back)
-        self.weight_R = exchanged(weights_TK.reshape(-1)[self.pair_P], self.there, self.back)
+        weight_R = exchanged(weights_TK.reshape(-1)[self.pair_P], self.there, self.back)
         self.order_R = torch.sort(expert_R, stable=True).indices
+        self.weight_R = weight_R[self.order_R]
         return rows[self.order_R]
 
     def give_back(self, y_RD: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a rank does in test_cuda_gpu.py: `torchrun --standalone --nproc-per-node=N -m tests.rdep.cuda_work WORK`.
+"""What a rank does in test_cuda_gpu.py: `torchrun --standalone --nproc-per-node=N cuda_work.py WORK`.
 
 Rank 0 prints one JSON object. Every tensor is a function of the microbatch's number and the seed, never of the rank,
 so each rank computes what one rank alone gets for all of them, and compares its own part.
@@ -186,7 +186,7 @@ def race() -> dict[str, object]:
 
 def absent() -> dict[str, object]:
     """Rank 1 does not come to its second layout; the others say so, once, and never wait again."""
-    late = Late(rank=RANK, device=DEVICE, timeout_s=2)
+    late = Late(rank=RANK, device=DEVICE, timeout_s=4)
     several = transport("small", late)
     batch = inputs("uniform", "small", RANK)
     several.layout(batch[1], SHAPES["small"][3], 4)
@@ -253,7 +253,7 @@ def model() -> dict[str, object]:
             parameter.data = (torch.randn(parameter.shape, device=DEVICE) * 0.05).bfloat16()
             parameter.grad_dtype = torch.float32
         own = experts_of(shape, RANK * local if through.ranks > 1 else 0, local)
-        moe = MoE(router=router, experts=own, shared=shared, transport=through, layer=0)
+        moe = MoE(router=router, experts=own, shared=shared, transport=through, layer=0).eval()
 
         def step(moe: MoE = moe, recompute: bool = False) -> list[Tensor]:
             leaf = x_TD.clone().requires_grad_()
