@@ -215,8 +215,9 @@ def keep(
     ranks, top_k = len(places.source_N1) - 1, row_UK.shape[1]
     local = len(places.offsets_L1) - 1
     rows = most_rows(ranks=ranks, tokens=most // ranks, num_experts=local * ranks, top_k=top_k)
-    token_R = torch.empty(rows, dtype=torch.int32, device=rows_UD.device)
-    layout = received_layout(places, token_R, torch.zeros_like(token_R), torch.empty_like(row_UK))
+    # zeros, so that an index is within its bounds even where a peer that never came left its rows unwritten
+    token_R, pair_R = torch.zeros(2, rows, dtype=torch.int32, device=rows_UD.device).unbind()
+    layout = received_layout(places, token_R, pair_R, torch.empty_like(row_UK))
     received = Received(x_UD, torch.empty_like(weight_UK), torch.empty_like(token_U), layout)
     p = EXCHANGE_LAUNCH
     block, pieces = _pieces(width)

@@ -60,7 +60,7 @@ class OwnerLayout(NamedTuple):
     """The rows that an owner has of N ranks' microbatches (nmoe.kernels.exchange): its experts, the tokens it received.
 
     As `Layout`, with room for the most rows and tokens there can be. A pair whose expert is elsewhere has row -1;
-    beyond the last row pair_R is 0, and whatever else lies beyond the last row or token is undefined.
+    beyond the last row token_R and pair_R are 0, and whatever else lies beyond the last row or token is undefined.
 
     segments_S1: int32 (E * N + 1), first row of each (expert, microbatch), and the end.
     source_N1: int32 (N + 1), first token of each microbatch, and the end.

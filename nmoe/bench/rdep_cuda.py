@@ -193,16 +193,21 @@ def exchange_times(clock: Clock, several: CudaTransport, batch: Batch) -> dict[s
     torch.cuda.synchronize()
     several.late.check()
     found_PD = several.give_back(y_RD, received, places)[0][: indices_TK.numel()].clone()
-    for name, kind_of in (("nccl", Nccl), ("nccl_pairs", NcclPairs)):
-        peers = kind_of(indices_TK, EXPERTS, ranks)
-        rows_RD = peers.dispatch(x_TD, weights_TK)
-        ours_RD = received.x_UD[received.layout.token_R[: len(rows_RD)].long()]
-        came_RD = y_RD[: len(rows_RD)]
-        row[name] = {
-            "same": torch.equal(rows_RD, ours_RD) and torch.equal(peers.give_back(came_RD), found_PD),
-            "dispatch": clock(functools.partial(peers.dispatch, x_TD, weights_TK)),
-            "return": clock(functools.partial(peers.give_back, came_RD)),
-        }
+    lean, pairs = Nccl(indices_TK, EXPERTS, ranks), NcclPairs(indices_TK, EXPERTS, ranks)
+    x_UD, rows_RD = lean.dispatch(x_TD, weights_TK), pairs.dispatch(x_TD, weights_TK)
+    y_RD = y_RD[: len(rows_RD)]
+    token_R = received.layout.token_R[: len(rows_RD)].long()
+    same = torch.equal(x_UD, received.x_UD[: len(x_UD)]) and torch.equal(rows_RD, received.x_UD[token_R])
+    same &= torch.equal(lean.slots(y_RD), found_PD) and torch.equal(pairs.give_back(y_RD), found_PD)
+    row["same_rows"] = same and torch.equal(lean.pair_R // TOP_K, token_R)
+    sent_SD, came_PD = x_TD.new_empty(sum(lean.rows_there), WIDTH), torch.empty_like(found_PD)
+    row["nccl_wire"] = {  # the two all-to-alls and nothing else
+        "dispatch": clock(lambda: dist.all_to_all_single(x_UD, sent_SD, lean.rows_back, lean.rows_there)),
+        "return": clock(lambda: dist.all_to_all_single(came_PD, y_RD, lean.pairs_there, lean.pairs_back)),
+    }
+    for name, peers in (("nccl", lean), ("nccl_pairs", pairs)):
+        dispatched = clock(functools.partial(peers.dispatch, x_TD, weights_TK))
+        row[name] = {"dispatch": dispatched, "return": clock(functools.partial(peers.give_back, y_RD))}
     return row
 
 

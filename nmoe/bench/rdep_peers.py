@@ -24,44 +24,50 @@ def exchanged(rows: Tensor, there: list[int], back: list[int]) -> Tensor:
     return out
 
 
+def inverse(order_R: Tensor) -> Tensor:
+    """Where each element of a permutation is found in it."""
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+
+
 class Nccl:
-    """A row for each (token, owner), with the list of its pairs; back a row for each pair."""
+    """A row for each (token, owner), with the list of its pairs, and back a row for each pair.
+
+    As lean as ours: products gather their rows from what came through an index, and so does the sum over k.
+    """
 
     def __init__(self, indices_TK: Tensor, experts: int, ranks: int) -> None:
         self.indices_TK, self.experts, self.ranks = indices_TK, experts, ranks
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
-        """Rows by (expert, source, token), which is what the grouped products read."""
+        """x_UD, by (source, token); pair_R is then each expert row's pair of them, by (expert, source, token)."""
         local, rank = self.experts // self.ranks, dist.get_rank()
         owner_TK = self.indices_TK // local
         sent_TN = torch.zeros(len(x_TD), self.ranks, dtype=torch.bool, device=x_TD.device).scatter_(1, owner_TK, True)
-        self.there, self.back = splits_of(sent_TN.sum(0))
+        owner_P = owner_TK.reshape(-1)
+        self.rows_there, self.rows_back = splits_of(sent_TN.sum(0))
+        self.pairs_there, self.pairs_back = splits_of(torch.bincount(owner_P, minlength=self.ranks))
         token_S = sent_TN.t().nonzero()[:, 1]
-        x_UD = exchanged(x_TD[token_S], self.there, self.back)
-        expert_UK = exchanged(self.indices_TK[token_S], self.there, self.back)
-        weight_UK = exchanged(weights_TK[token_S], self.there, self.back)
-        here_UK = expert_UK // local == rank
-        pair_R = here_UK.view(-1).nonzero().view(-1)
-        self.order_R = torch.sort(expert_UK.view(-1)[pair_R], stable=True).indices
-        self.pair_R = pair_R[self.order_R]
-        self.weight_R = weight_UK.view(-1)[self.pair_R]
-        # the way back: this rank's pairs by the owner they are at, and how many each rank has of the others'
-        self.slot_P = torch.sort(owner_TK.reshape(-1), stable=True).indices
-        self.pairs_there, self.pairs_back = splits_of(torch.bincount(owner_TK.reshape(-1), minlength=self.ranks))
-        return x_UD[self.pair_R // self.indices_TK.shape[1]]
+        x_UD = exchanged(x_TD.index_select(0, token_S), self.rows_there, self.rows_back)
+        expert_UK = exchanged(self.indices_TK.index_select(0, token_S), self.rows_there, self.rows_back)
+        self.weight_UK = exchanged(weights_TK.index_select(0, token_S), self.rows_there, self.rows_back)
+        pair_R = (expert_UK // local == rank).view(-1).nonzero().view(-1)
+        order_R = torch.sort(expert_UK.view(-1)[pair_R], stable=True).indices
+        self.pair_R, self.row_R = pair_R[order_R], inverse(order_R)
+        # a source gets its pairs' rows by (owner, token, k)
+        self.place_P = inverse(torch.sort(owner_P, stable=True).indices)
+        return x_UD
 
     def give_back(self, y_RD: Tensor) -> Tensor:
-        """Each pair's row in its slot [token, k]."""
-        rows_RD = torch.empty_like(y_RD)
-        rows_RD[self.order_R] = y_RD
-        came_PD = exchanged(rows_RD, self.pairs_back, self.pairs_there)
-        out_PD = torch.empty_like(came_PD)
-        out_PD[self.slot_P] = came_PD
-        return out_PD
+        """Each pair's row; that of pair t * K + k lies at place_P."""
+        return exchanged(y_RD.index_select(0, self.row_R), self.pairs_back, self.pairs_there)
+
+    def slots(self, y_RD: Tensor) -> Tensor:
+        """The same in the slots [token, k], for comparison."""
+        return self.give_back(y_RD).index_select(0, self.place_P)
 
 
 class NcclPairs:
-    """A row for each pair, there and back."""
+    """A row for each pair, there and back; rows in the order in which products without an index read them."""
 
     def __init__(self, indices_TK: Tensor, experts: int, ranks: int) -> None:
         self.indices_TK, self.experts, self.ranks = indices_TK, experts, ranks
@@ -69,24 +75,20 @@ class NcclPairs:
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
         """Rows by (expert, source, token)."""
         expert_P = self.indices_TK.reshape(-1)
-        sorted_P, self.pair_P = torch.sort(expert_P, stable=True)
+        sorted_P, pair_P = torch.sort(expert_P, stable=True)
         pairs_N = torch.bincount(expert_P // (self.experts // self.ranks), minlength=self.ranks)
         self.there, self.back = splits_of(pairs_N)
-        rows = exchanged(x_TD[self.pair_P // self.indices_TK.shape[1]], self.there, self.back)
+        rows = exchanged(x_TD.index_select(0, pair_P // self.indices_TK.shape[1]), self.there, self.back)
         expert_R = exchanged(sorted_P, self.there, self.back)
-        weight_R = exchanged(weights_TK.reshape(-1)[self.pair_P], self.there, self.back)
-        self.order_R = torch.sort(expert_R, stable=True).indices
-        self.weight_R = weight_R[self.order_R]
-        return rows[self.order_R]
+        weight_R = exchanged(weights_TK.reshape(-1)[pair_P], self.there, self.back)
+        order_R = torch.sort(expert_R, stable=True).indices
+        self.weight_R, self.row_R, self.place_P = weight_R[order_R], inverse(order_R), inverse(pair_P)
+        return rows.index_select(0, order_R)
 
     def give_back(self, y_RD: Tensor) -> Tensor:
         """Each pair's row in its slot [token, k]."""
-        rows_RD = torch.empty_like(y_RD)
-        rows_RD[self.order_R] = y_RD
-        came_PD = exchanged(rows_RD, self.back, self.there)
-        out_PD = torch.empty_like(came_PD)
-        out_PD[self.pair_P] = came_PD
-        return out_PD
+        came_PD = exchanged(y_RD.index_select(0, self.row_R), self.back, self.there)
+        return came_PD.index_select(0, self.place_P)
 
 
 class Vdev:

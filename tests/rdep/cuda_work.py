@@ -53,9 +53,10 @@ def routed(kind: str, shape: str, microbatch: int, tokens: int) -> Tensor:
     """(T, K) int64, a token's experts, all different."""
     _, _, _, experts, top_k = SHAPES[shape]
     local = experts // RANKS
-    score_TE = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(100 + microbatch))
+    generator = torch.Generator(DEVICE).manual_seed(100 + microbatch)
+    score_TE = torch.rand(tokens, experts, generator=generator, device=DEVICE)
     if kind == "zipf":
-        score_TE = score_TE.log() * torch.arange(1.0, experts + 1)
+        score_TE = score_TE.log() * torch.arange(1.0, experts + 1, device=DEVICE)
     elif kind == "one rank":
         score_TE[:, local:] -= 1
     elif kind == "none to one":
@@ -64,27 +65,27 @@ def routed(kind: str, shape: str, microbatch: int, tokens: int) -> Tensor:
         own = microbatch % RANKS * local
         score_TE[:, own : own + local] += 1
     elif kind == "single":
-        score_TE += torch.linspace(9, 0, experts)
-    return score_TE.topk(top_k, dim=1).indices.to(DEVICE)
+        score_TE += torch.linspace(9, 0, experts, device=DEVICE)
+    return score_TE.topk(top_k, dim=1).indices
 
 
 def inputs(kind: str, shape: str, microbatch: int, tokens: int | None = None) -> tuple[Tensor, ...]:
     """x, indices, weights, dy of a microbatch."""
     most, hidden, _, _, top_k = SHAPES[shape]
     tokens = most if tokens is None else tokens
-    generator = torch.Generator().manual_seed(microbatch)
-    x_TD, dy_TD = (torch.randn(tokens, hidden, generator=generator).to(DEVICE).bfloat16() for _ in range(2))
-    weights_TK = torch.rand(tokens, top_k, generator=generator).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(microbatch)
+    x_TD, dy_TD = (torch.randn(tokens, hidden, generator=generator, device=DEVICE).bfloat16() for _ in range(2))
+    weights_TK = torch.rand(tokens, top_k, generator=generator, device=DEVICE)
     return x_TD, routed(kind, shape, microbatch, tokens), weights_TK, dy_TD
 
 
 def experts_of(shape: str, first: int, count: int) -> Bf16Experts:
     _, hidden, width, experts, _ = SHAPES[shape]
     module = Bf16Experts(num_experts=count, hidden_size=hidden, intermediate_size=width)
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator(DEVICE).manual_seed(5)
     for parameter in module.parameters():
-        drawn = torch.randn(experts, *parameter.shape[1:], generator=generator) * 0.05
-        parameter.data = drawn[first : first + count].to(DEVICE).bfloat16()
+        drawn = torch.randn(experts, *parameter.shape[1:], generator=generator, device=DEVICE) * 0.05
+        parameter.data = drawn[first : first + count].bfloat16()
         parameter.grad_dtype = torch.float32
     return module
 
@@ -140,6 +141,8 @@ def bits() -> dict[str, object]:
             row["same_matrices"] = everybody(equal(runs[0][2], [p.grad[mine] for p in alone.parameters()]))
             row["again"] = everybody(all(equal(a, b) for a, b in zip(*runs, strict=True)))
             rows.append(row)
+            if RANK == 0:
+                print(row, file=sys.stderr, flush=True)
     return {"rows": rows}
 
 
@@ -215,7 +218,8 @@ def node() -> dict[str, object]:
     size = 1 << 20
     shared = CudaNode(group=group(), size=size, most=4096, device=DEVICE, late=late)
     ok = torch.ones((), dtype=torch.bool, device=DEVICE)
-    parts = [torch.randn(size, generator=torch.Generator().manual_seed(rank)).to(DEVICE) for rank in range(RANKS)]
+    generator = torch.Generator(DEVICE).manual_seed(1)
+    parts = [torch.randn(size, generator=generator, device=DEVICE) for rank in range(RANKS)]
     for turn in range(100):
         shared.peer(RANK).copy_(parts[RANK] * (1 + turn))
         torch.cuda._sleep(100_000 * (turn % (RANK + 2)))
