@@ -46,6 +46,11 @@ class Layout(NamedTuple):
     num_tiles: Tensor
 
     @property
+    def pairs_E(self) -> Tensor:
+        """int32 (E), the pairs of each expert."""
+        return self.offsets_E1.diff()
+
+    @property
     def segments_S1(self) -> Tensor:
         """First row of each (expert, microbatch), and the end: there is one microbatch."""
         return self.offsets_E1

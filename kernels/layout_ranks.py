@@ -47,13 +47,15 @@ class Counted(NamedTuple):
 class Places(NamedTuple):
     """The places of one rank's pairs, and the shape of what it owns; `layer` is for messages.
 
-    expert_TK: as routed. row_TK: int32 (T, K), each pair's row at its expert's owner. place_TN: int32 (T, N), where a
-    token's row lies at an owner, -1 where it does not go. offsets_L1, segments_S1, source_N1, tile_expert, tile_row,
-    num_tiles: of this rank's rows, as in `nmoe.kernels.layout.OwnerLayout`.
+    expert_TK: as routed. pairs_E: int32 (E), this rank's pairs for each of all experts. row_TK: int32 (T, K), each
+    pair's row at its expert's owner. place_TN: int32 (T, N), where a token's row lies at an owner, -1 where it does not
+    go. offsets_L1, segments_S1, source_N1, tile_expert, tile_row, num_tiles: of this rank's rows, as in
+    `nmoe.kernels.layout.OwnerLayout`.
     """
 
     layer: int
     expert_TK: Tensor
+    pairs_E: Tensor
     row_TK: Tensor
     place_TN: Tensor
     offsets_L1: Tensor
@@ -88,6 +90,7 @@ def places_reference(expert_NTK: list[Tensor], num_experts: int, rank: int, laye
     return Places(
         layer,
         expert_NTK[rank],
+        counts_NE[rank].int(),
         row_P[source_P == rank].view(-1, top_k).int(),
         place_TN.int(),
         segments_S1[::ranks].int(),
@@ -237,8 +240,8 @@ def place(
     most = most_rows(ranks=ranks, tokens=most_tokens, num_experts=num_experts, top_k=top_k)
     bound = most // TILE_ROWS + local
     places = Places(
-        layer, expert_TK, new(tokens, top_k), new(tokens, ranks), new(local + 1), new(local * ranks + 1),
-        new(ranks + 1), new(bound), new(bound), new(1),
+        layer, expert_TK, counted.counts_C[:num_experts], new(tokens, top_k), new(tokens, ranks), new(local + 1),
+        new(local * ranks + 1), new(ranks + 1), new(bound), new(bound), new(1),
     )  # fmt: skip
     base_E, start_N, first_tile_L = new(num_experts), new(ranks), new(local)
     shape_kernel[(1,)](

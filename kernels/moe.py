@@ -103,7 +103,7 @@ def experts_backward(
     dout_TD: unweighted. grads: float32 gradients of the two matrices, written in place; accumulate continues them.
     """
     table = table or launches(x_TD.shape[1])
-    weight_R = weight_TK.view(-1)[layout.pair_R]
+    weight_R = weight_TK.view(-1).index_select(0, layout.pair_R)
     dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
     dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
     dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, h_2RF, weight_R, layout, table["dgate"])

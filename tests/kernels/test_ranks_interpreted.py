@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton")
 
 NAMES = (
-    "counts", "places.expert_TK", "places.row_TK", "places.place_TN", "places.offsets_L1", "places.segments_S1",
+    "counts", "places.expert_TK", "places.pairs_E",
+    "places.row_TK", "places.place_TN", "places.offsets_L1", "places.segments_S1",
     "places.source_N1", "places.tile_expert", "places.tile_row", "places.num_tiles", "cpu.row_TK", "cpu.place_TN",
     "cpu.segments", "cpu.sources", "received.rows", "received.row_UK", "received.weight_UK", "received.token_U",
     "received.pair_R", "received.token_R", "received.safe", "gather", "slots", "one rank.out", "float64",
