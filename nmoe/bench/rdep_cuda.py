@@ -29,8 +29,8 @@ from nmoe.bench.rdep_peers import Nccl, NcclPairs, Vdev
 from nmoe.experts.bf16 import Bf16Experts
 from nmoe.kernels.exchange import dispatch
 from nmoe.kernels.layout_ranks import Places
-from nmoe.rdep.cuda import CudaTransport
-from nmoe.rdep.cuda_signals import Late
+from nmoe.rdep.cuda import CudaTransport, regions
+from nmoe.rdep.cuda_node import CudaNode
 from nmoe.rdep.local import LocalTransport
 from nmoe.rdep.memory import Sizes
 from nmoe.rdep.transport import AnyTransport
@@ -135,11 +135,12 @@ def layer_times(clock: Clock, through: AnyTransport, batch: Batch, device: torch
 def measure(repeats: int, tokens: int, kind: str, device: torch.device) -> dict[str, object]:
     """One row of the table."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    clock, late = Clock(repeats, device), Late(rank=rank, device=device, timeout_s=20)
+    clock = Clock(repeats, device)
     sizes = Sizes(ranks=ranks, tokens=tokens, num_experts=EXPERTS, top_k=TOP_K, hidden_size=WIDTH, dtype=torch.bfloat16)
     group = dist.group.WORLD
     assert group is not None
-    several = CudaTransport(group=group, sizes=sizes, device=device, late=late)
+    node = CudaNode(group=group, regions=regions(sizes), values=0, device=device, timeout_s=20)
+    several = CudaTransport(node=node, sizes=sizes)
     generator = torch.Generator(device).manual_seed(rank)
     x_TD, dy_TD = (torch.randn(tokens, WIDTH, generator=generator, device=device).bfloat16() for _ in range(2))
     weights_TK = torch.rand(tokens, TOP_K, generator=generator, device=device)
@@ -149,7 +150,7 @@ def measure(repeats: int, tokens: int, kind: str, device: torch.device) -> dict[
     weights_TK.requires_grad_()
     row["layer"] = layer_times(clock, several, batch, device)
     row["layer_alone"] = layer_times(clock, LocalTransport(), batch, device)
-    late.check()
+    node.late.check()
     return row
 
 
@@ -165,7 +166,7 @@ def exchange_times(clock: Clock, several: CudaTransport, batch: Batch) -> dict[s
     own_UD = torch.empty_like(received.x_UD)
 
     def send() -> None:
-        dispatch(x_TD, places, several.memory.table["rows_UD"], own_UD, rank, weights_TK, several.lists)
+        dispatch(x_TD, places, several.table["rows_UD"], own_UD, rank, weights_TK, several.lists)
         several.meet("rows", 0)
 
     def all_three() -> None:
@@ -181,7 +182,7 @@ def exchange_times(clock: Clock, several: CudaTransport, batch: Batch) -> dict[s
         "return": clock(lambda: several.give_back(y_RD, received, places)),
         "all three": clock(all_three),
     }
-    slots, peer = several.memory.mine["returned_PD"], several.memory.at((rank + 1) % ranks, "returned_PD")
+    slots, peer = several.mine["returned_PD"], several.node.memory[(rank + 1) % ranks]["returned_PD"]
     copied = clock(lambda: peer.copy_(y_RD[: len(slots)]), lambda: several.meet("copy", 0))
     rates = {
         "dispatch": payload["dispatch"] / ours["send"] / 1e6,
@@ -191,7 +192,7 @@ def exchange_times(clock: Clock, several: CudaTransport, batch: Batch) -> dict[s
     row: dict[str, object] = {"bytes": payload, "ours": ours, "GB/s": rates}
     row["host_waits"] = host_waits(all_three)
     torch.cuda.synchronize()
-    several.late.check()
+    several.node.late.check()
     found_PD = several.give_back(y_RD, received, places)[0][: indices_TK.numel()].clone()
     lean, pairs = Nccl(indices_TK, EXPERTS, ranks), NcclPairs(indices_TK, EXPERTS, ranks)
     x_UD, rows_RD = lean.dispatch(x_TD, weights_TK), pairs.dispatch(x_TD, weights_TK)

@@ -10,6 +10,7 @@ from nmoe.experts.grouped import GroupedExperts
 from nmoe.model.mlp import DenseMlp
 from nmoe.model.recompute import again
 from nmoe.model.router import Router
+from nmoe.rdep.layout import Layout
 from nmoe.rdep.transport import AnyTransport, Places
 
 
@@ -44,7 +45,7 @@ class MoE(torch.nn.Module):
         indices_TK, weights_TK = self.router(x_TD)
         places = self.transport.layout(indices_TK, self.num_experts, self.layer)
         if self.training and not isinstance(places, Layout):
-            self.router.load_E += places.offsets_E1.diff()
+            self.router.load_E += places.pairs_E
         if recompute:
             return again(self.routed, x_TD, weights_TK, places)
         return self.routed(x_TD, weights_TK, places)

@@ -10,12 +10,10 @@ everything of the phases before it has been read, because the kernels that read 
     output gradients   as rows, over the saved layout, unweighted and without the lists
     input gradients    as outputs, with one float32 <dA', A> for each pair
 
-A phase is a kernel that stores, and `nmoe.rdep.cuda_signals`. Nothing here waits for the device or depends on how
+A phase is a kernel that stores, and the node's `meet`. Nothing here waits for the device or depends on how
 many rows came: buffers and grids are for the most there can be, N * T tokens, and counts stay on the device. What
 backward needs is copied out of the shared memory.
 """
-
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,16 +21,14 @@ from torch import Tensor
 from nmoe.errors import fail
 from nmoe.kernels.exchange import Lists, Received, dispatch, give_back, keep
 from nmoe.kernels.layout_ranks import Places, count, place
-from nmoe.rdep.cuda_memory import CudaMemory, Regions
-from nmoe.rdep.cuda_signals import CudaSignals, Late
-from nmoe.rdep.memory import Sizes
+from nmoe.rdep.cuda_node import CudaNode
+from nmoe.rdep.memory import Regions, Sizes
 
 
 def regions(sizes: Sizes) -> Regions:
     """What a rank shares. counts: two boxes used by turns, so that one layout may follow another at once."""
     received, pairs = sizes.ranks * sizes.tokens, sizes.tokens * sizes.top_k
     return {
-        **CudaSignals.regions(sizes.ranks),
         "counts_2NC": (torch.int32, (2, sizes.ranks, sizes.num_experts + sizes.ranks)),
         "rows_UD": (sizes.dtype, (received, sizes.hidden_size)),
         "row_UK": (torch.int32, (received, sizes.top_k)),
@@ -44,31 +40,22 @@ def regions(sizes: Sizes) -> Regions:
 
 
 class CudaTransport:
-    """One rank of a node's ranks.
+    """One rank's end of the transport. node: its memory has the regions of `regions(sizes)`, the same on all ranks."""
 
-    group: exactly these ranks, on one node. sizes: the same on all, for the plan's largest microbatch. late: what a
-    wait in vain sets. Made by all ranks together. RunError N0806 if there is no room.
-    """
-
-    def __init__(
-        self, *, group: torch.distributed.ProcessGroup, sizes: Sizes, device: torch.device, late: Late
-    ) -> None:
-        self.sizes, self.ranks, self.late = sizes, sizes.ranks, late
-        self.memory = CudaMemory(regions(sizes), group=group, device=device)
-        self.rank = self.memory.rank
-        self.signals = CudaSignals(memory=self.memory, late=late)
+    def __init__(self, *, node: CudaNode, sizes: Sizes) -> None:
+        self.node, self.rank, self.ranks, self.sizes = node, node.rank, node.ranks, sizes
+        self.mine, self.table = node.memory[node.rank], node.table
         words = sizes.ranks * (sizes.num_experts + sizes.ranks)
-        first = self.memory.table["counts_2NC"]
+        first = self.table["counts_2NC"]
         self.count_boxes_N = (first, first + words * torch.int32.itemsize)
         self.count_parity = 0
-        table = self.memory.table
-        self.lists = Lists(table["row_UK"], table["weight_UK"], table["token_U"])
-        pairs = sizes.tokens * sizes.top_k
-        self.slot_TK = torch.arange(pairs, dtype=torch.int32, device=device).view(sizes.tokens, sizes.top_k)
+        self.lists = Lists(self.table["row_UK"], self.table["weight_UK"], self.table["token_U"])
+        pairs = torch.arange(sizes.tokens * sizes.top_k, dtype=torch.int32, device=node.device)
+        self.slot_TK = pairs.view(sizes.tokens, sizes.top_k)
 
     def meet(self, phase: str, layer: int, words: Tensor | None = None, boxes_N: Tensor | None = None) -> None:
         """Everything that this phase stores at a peer is there, and everything of the phases before has been read."""
-        self.signals.meet(phase, layer, words=words, boxes_N=boxes_N)
+        self.node.meet(phase, layer, words=words, boxes_N=boxes_N)
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
         """As `Transport.layout`. RunError N0807 for more tokens than the buffers were made for."""
@@ -84,27 +71,27 @@ class CudaTransport:
         counted = count(indices_TK, num_experts=num_experts, ranks=self.ranks)
         self.count_parity ^= 1
         self.meet("counts", layer, counted.counts_C, self.count_boxes_N[self.count_parity])
-        counts_NC = self.memory.mine["counts_2NC"][self.count_parity]
+        counts_NC = self.mine["counts_2NC"][self.count_parity]
         return place(indices_TK, counted, counts_NC, rank=self.rank, most_tokens=self.sizes.tokens, layer=layer)
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Received:
         """As `Transport.dispatch`; x_UD and the lists have room for N * T tokens."""
-        mine = self.memory.mine
+        mine = self.mine
         x_UD = torch.empty_like(mine["rows_UD"])
-        dispatch(x_TD, places, self.memory.table["rows_UD"], x_UD, self.rank, weights_TK, self.lists)
+        dispatch(x_TD, places, self.table["rows_UD"], x_UD, self.rank, weights_TK, self.lists)
         self.meet("rows", places.layer)
         return keep(mine["rows_UD"], mine["row_UK"], mine["weight_UK"], mine["token_U"], x_UD, places, self.rank)
 
     def give_back(self, y_RD: Tensor, received: Received, places: Places) -> tuple[Tensor, Tensor]:
         """As `Transport.give_back`; row_TK is int32."""
-        give_back(y_RD, received, self.memory.table["returned_PD"], self.rank)
+        give_back(y_RD, received, self.table["returned_PD"], self.rank)
         self.meet("outputs", places.layer)
         return self._slots(places)
 
     def dispatch_gradients(self, dy_TD: Tensor, places: Places) -> Tensor:
         """As `Transport.dispatch_gradients`; free after the next call."""
-        dy_UD = self.memory.mine["rows_UD"]
-        dispatch(dy_TD, places, self.memory.table["rows_UD"], dy_UD, self.rank)
+        dy_UD = self.mine["rows_UD"]
+        dispatch(dy_TD, places, self.table["rows_UD"], dy_UD, self.rank)
         self.meet("output gradients", places.layer)
         return dy_UD
 
@@ -112,13 +99,12 @@ class CudaTransport:
         self, dx_RD: Tensor, d_weight_R: Tensor, received: Received, places: Places
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `Transport.give_back_gradients`; d_weight_R in parts, float32 (parts, R), which are added in order."""
-        table = self.memory.table
-        give_back(dx_RD, received, table["returned_PD"], self.rank, d_weight_R, table["d_weight_P"])
+        give_back(dx_RD, received, self.table["returned_PD"], self.rank, d_weight_R, self.table["d_weight_P"])
         self.meet("input gradients", places.layer)
         rows_PD, slot_TK = self._slots(places)
-        d_weights_P = self.memory.mine["d_weight_P"][: slot_TK.numel()]
-        return rows_PD, slot_TK, cast(Tensor, d_weights_P.clone()).view(slot_TK.shape)
+        d_weights_P = self.mine["d_weight_P"][: slot_TK.numel()]
+        return rows_PD, slot_TK, d_weights_P.clone().view(slot_TK.shape)
 
     def _slots(self, places: Places) -> tuple[Tensor, Tensor]:
         """The rows that came back for this rank's pairs, and where: the slot of [token, k] is the pair's number."""
-        return self.memory.mine["returned_PD"], self.slot_TK[: len(places.row_TK)]
+        return self.mine["returned_PD"], self.slot_TK[: len(places.row_TK)]

@@ -20,12 +20,10 @@ import nmoe.experts.hopper as hopper
 import nmoe.kernels.moe as moe
 import nmoe.rdep.cuda as cuda
 import nmoe.rdep.cuda_node as cuda_node
-import nmoe.rdep.cuda_signals as cuda_signals
 from nmoe.errors import NmoeError
 from nmoe.kernels import signals
 from nmoe.kernels.layout import layout_reference
-from nmoe.rdep.cuda_memory import offsets
-from nmoe.rdep.memory import Sizes
+from nmoe.rdep.memory import Sizes, offsets
 
 torch.set_num_threads(1)
 RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 10, 16, 8, 4, 2
@@ -41,21 +39,17 @@ class Memory:
     """What `CudaMemory` gives, in memory that both processes have at the same addresses."""
 
     def __init__(self, regions, *, group, device) -> None:
-        self.regions, self.rank, self.ranks = regions, group.rank(), group.size()
-        self.offset, size = offsets(regions)
-        blocks = group.blocks.pop()
-        assert len(blocks[0]) >= size
-        self.bytes = [torch.frombuffer(block, dtype=torch.uint8, count=size) for block in blocks]
-        self.buffer = self.bytes[self.rank]
-        self.mine = {name: self.at(self.rank, name) for name in regions}
-        self.table = {
-            name: torch.tensor([b.data_ptr() + at for b in self.bytes]) for name, at in self.offset.items()
-        }  # fmt: skip
-
-    def at(self, rank: int, name: str) -> Tensor:
-        dtype, shape = self.regions[name]
-        start, size = self.offset[name], dtype.itemsize * torch.Size(shape).numel()
-        return self.bytes[rank][start : start + size].view(dtype).view(shape)
+        starts, size = offsets(regions)
+        assert len(BLOCKS[0]) >= size
+        every = [torch.frombuffer(block, dtype=torch.uint8, count=size) for block in BLOCKS]
+        self.table = {name: torch.tensor([one.data_ptr() + at for one in every]) for name, at in starts.items()}
+        self.ranks = [
+            {
+                name: one[starts[name] :][: dtype.itemsize * torch.Size(shape).numel()].view(dtype).view(shape)
+                for name, (dtype, shape) in regions.items()
+            }
+            for one in every
+        ]
 
 
 def experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, table=None):
@@ -97,7 +91,7 @@ def replaced() -> None:
     for module in (moe, hopper):
         module.experts_forward, module.experts_backward = experts_forward, experts_backward
         module.require = lambda *tensors: None
-    cuda.CudaMemory = cuda_node.CudaMemory = Memory
+    cuda_node.CudaMemory = Memory
     signals.now = time.monotonic_ns
     torch.Tensor.pin_memory = lambda self: self
     torch.cuda.synchronize = lambda device=None: None
@@ -136,10 +130,11 @@ def step(transport, weights: list[Tensor], one: tuple[Tensor, ...]) -> list[Tens
     return [y_TD.detach(), *torch.autograd.grad(y_TD, (x_TD, weights_TK), dy_TD)]
 
 
-def be(rank: int, blocks: list) -> None:
-    group = SimpleNamespace(rank=lambda: rank, size=lambda: RANKS, blocks=blocks)
-    late = cuda_signals.Late(rank=rank, device=DEVICE, timeout_s=60)
-    several = cuda.CudaTransport(group=group, sizes=SIZES, device=DEVICE, late=late)
+def be(rank: int) -> None:
+    group = SimpleNamespace(rank=lambda: rank, size=lambda: RANKS)
+    regions = {**cuda.regions(SIZES), "gradients_P": (torch.float32, (100,))}
+    node = cuda_node.CudaNode(group=group, regions=regions, values=64, device=DEVICE, timeout_s=60)
+    several = cuda.CudaTransport(node=node, sizes=SIZES)
     mine, alone = matrices(rank * EXPERTS // RANKS, EXPERTS // RANKS), matrices(0, EXPERTS)
     batches = [batch(m) for m in range(2 * RANKS)]
     wanted = [step(Alone(), alone, one) if len(one[0]) else None for one in batches]
@@ -151,16 +146,18 @@ def be(rank: int, blocks: list) -> None:
     for a, b in zip(mine, alone, strict=True):
         wrong("layer.matrices", torch.equal(a.grad, b.grad[part]))
 
-    node = cuda_node.CudaNode(group=group, size=100, most=64, device=DEVICE, late=late)
+    buffers = [memory["gradients_P"] for memory in node.memory]
     for turn in range(3):
-        node.peer(rank).fill_(1.0 + rank + turn)
+        buffers[rank].fill_(1.0 + rank + turn)
         node.meet("gradients")
-        total_P = sum(node.peer(n) for n in range(RANKS))
+        total_P = sum(buffers[n] for n in range(RANKS))
         wrong("node.peers", bool((total_P == sum(1.0 + n + turn for n in range(RANKS))).all()))
         node.meet("read")
         for dtype in (torch.float32, torch.float64):
             got = node.gather(torch.arange(3).to(dtype) + rank * 10 + turn)
             wrong("node.gather", got.tolist() == [[n * 10 + turn + i for i in range(3)] for n in range(RANKS)])
+    wrong("node.phase", node.phase == int(node.counter) == 2 * 5 + 3 * 4)
+    late = node.late
     late.check()
     late.timeout_s = 0.2
     if rank == 0:  # the other has gone
@@ -177,15 +174,15 @@ SIZES = Sizes(
     ranks=RANKS, tokens=TOKENS, num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, dtype=torch.float32
 )
 replaced()
-BLOCKS = [[mmap.mmap(-1, 1 << 16) for _ in range(RANKS)] for _ in range(2)]
+BLOCKS = [mmap.mmap(-1, 1 << 16) for _ in range(RANKS)]
 read, write = os.pipe()
 if os.fork() == 0:
     try:
-        be(1, BLOCKS)
+        be(1)
         os.write(write, json.dumps(found).encode())
     finally:
         os._exit(0)
-be(0, BLOCKS)
+be(0)
 os.wait()
 for name, count in json.loads(os.read(read, 1 << 16)).items():
     found[name] += count

@@ -24,7 +24,8 @@ NAMES = (
 
 
 TRANSPORT = (
-    "layer.y", "layer.dx", "layer.dw", "layer.matrices", "node.peers", "node.gather", "late.text", "late.verdict",
+    "layer.y", "layer.dx", "layer.dw", "layer.matrices", "node.peers", "node.gather", "node.phase",
+    "late.text", "late.verdict",
 )  # fmt: skip
 
 

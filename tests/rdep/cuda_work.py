@@ -17,11 +17,10 @@ from nmoe.experts.bf16 import Bf16Experts
 from nmoe.model.mlp import DenseMlp
 from nmoe.model.moe import MoE
 from nmoe.model.router import SoftmaxRouter
-from nmoe.rdep.cuda import CudaTransport
+from nmoe.rdep.cuda import CudaTransport, regions
 from nmoe.rdep.cuda_node import CudaNode
-from nmoe.rdep.cuda_signals import Late
 from nmoe.rdep.local import LocalTransport
-from nmoe.rdep.memory import Sizes
+from nmoe.rdep.memory import Regions, Sizes
 from nmoe.rdep.transport import Transport
 
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -41,12 +40,16 @@ def group() -> torch.distributed.ProcessGroup:
     return torch.distributed.group.WORLD
 
 
-def transport(shape: str, late: Late, kind: type = CudaTransport) -> CudaTransport:
+def node_of(regions: Regions, timeout_s: float = 20, values: int = 0) -> CudaNode:
+    return CudaNode(group=group(), regions=regions, values=values, device=DEVICE, timeout_s=timeout_s)
+
+
+def transport(shape: str, timeout_s: float = 20, kind: type = CudaTransport) -> CudaTransport:
     tokens, hidden, _, experts, top_k = SHAPES[shape]
     sizes = Sizes(
         ranks=RANKS, tokens=tokens, num_experts=experts, top_k=top_k, hidden_size=hidden, dtype=torch.bfloat16
     )
-    return kind(group=group(), sizes=sizes, device=DEVICE, late=late)
+    return kind(node=node_of(regions(sizes), timeout_s), sizes=sizes)
 
 
 def routed(kind: str, shape: str, microbatch: int, tokens: int) -> Tensor:
@@ -115,10 +118,9 @@ def everybody(value: bool) -> bool:
 
 def bits() -> dict[str, object]:
     """Two passes of N microbatches: outputs, gradients, and the experts' chained gradients, for one rank and N."""
-    late = Late(rank=RANK, device=DEVICE, timeout_s=20)
     rows = []
     for shape, (most, _, _, experts, _) in SHAPES.items():
-        several, local = transport(shape, late), experts // RANKS
+        several, local = transport(shape), experts // RANKS
         for kind in ROUTINGS if shape in ("small", "super256") else ("uniform", "zipf"):
             sizes = [most] * (2 * RANKS)
             if shape == "odd":
@@ -134,7 +136,7 @@ def bits() -> dict[str, object]:
                 for j in range(2):
                     found.append(finish(*layer(part, several, batches[j * RANKS + RANK], experts)))
                 runs.append([*found, [p.grad for p in part.parameters()]])
-            late.check()
+            several.node.late.check()
             own = [wanted[j * RANKS + RANK] for j in range(2)]
             row = {"shape": shape, "routing": kind}
             row["same"] = everybody(all(w is None or equal(g, w) for g, w in zip(runs[0], own, strict=False)))
@@ -152,7 +154,7 @@ class Drilled(CudaTransport):
     drill = torch.Generator().manual_seed(RANK)
 
     def meet(self, phase: str, layer: int, words: Tensor | None = None, boxes_N: Tensor | None = None) -> None:
-        mine, nan = self.memory.mine, float("nan")
+        mine, nan = self.mine, float("nan")
         if phase in ("outputs", "input gradients"):
             for name, value in (("rows_UD", nan), ("row_UK", -1), ("weight_UK", nan), ("token_U", 0)):
                 mine[name].fill_(value)
@@ -166,9 +168,9 @@ class Drilled(CudaTransport):
 
 def race() -> dict[str, object]:
     """125 times eight layers forward and then backward, each with what it must give."""
-    shape, late = "small", Late(rank=RANK, device=DEVICE, timeout_s=20)
+    shape = "small"
     experts = SHAPES[shape][3]
-    several, local = transport(shape, late, Drilled), experts // RANKS
+    several, local = transport(shape, kind=Drilled), experts // RANKS
     alone, part = experts_of(shape, 0, experts), experts_of(shape, RANK * local, local)
     batches = [inputs(kind, shape, n * RANKS + RANK) for n, kind in enumerate((*ROUTINGS, "uniform", "zipf"))]
     wanted = [finish(*layer(alone, LocalTransport(), batch, experts)) for batch in batches]
@@ -183,14 +185,14 @@ def race() -> dict[str, object]:
         for parameter in part.parameters():
             parameter.grad = None
     torch.cuda.synchronize()
-    late.check()
+    several.node.late.check()
     return {"layers": layers, "ok": everybody(int(wrong) == 0)}
 
 
 def absent() -> dict[str, object]:
     """Rank 1 does not come to its second layout; the others say so, once, and never wait again."""
-    late = Late(rank=RANK, device=DEVICE, timeout_s=4)
-    several = transport("small", late)
+    several = transport("small", timeout_s=4)
+    late = several.node.late
     batch = inputs("uniform", "small", RANK)
     several.layout(batch[1], SHAPES["small"][3], 4)
     torch.cuda.synchronize()
@@ -214,21 +216,21 @@ def absent() -> dict[str, object]:
 
 def node() -> dict[str, object]:
     """Gradients read where they lie and added in order, 100 times; and gatherings of 4 and 8 bytes."""
-    late = Late(rank=RANK, device=DEVICE, timeout_s=20)
     size = 1 << 20
-    shared = CudaNode(group=group(), size=size, most=4096, device=DEVICE, late=late)
+    shared = node_of({"gradients_P": (torch.float32, (size,))}, values=4096)
+    buffers = [memory["gradients_P"] for memory in shared.memory]
     ok = torch.ones((), dtype=torch.bool, device=DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(1)
     parts = [torch.randn(size, generator=generator, device=DEVICE) for rank in range(RANKS)]
     for turn in range(100):
-        shared.peer(RANK).copy_(parts[RANK] * (1 + turn))
+        buffers[RANK].copy_(parts[RANK] * (1 + turn))
         torch.cuda._sleep(100_000 * (turn % (RANK + 2)))
         shared.meet("gradients")
         total = torch.zeros(size, device=DEVICE)
         for rank in range(RANKS):
-            total.add_(shared.peer(rank))
+            total.add_(buffers[rank])
         shared.meet("gradients read")
-        shared.peer(RANK).fill_(float("nan"))
+        buffers[RANK].fill_(float("nan"))
         wanted = torch.zeros(size, device=DEVICE)
         for part in parts:
             wanted.add_(part * (1 + turn))
@@ -236,18 +238,19 @@ def node() -> dict[str, object]:
         for dtype in (torch.float32, torch.float64, torch.int64):
             mine = torch.arange(5, device=DEVICE).to(dtype) + RANK + turn
             ok &= (shared.gather(mine) == torch.stack([mine - RANK + rank for rank in range(RANKS)])).all()
-    late.check()
+    shared.late.check()
     return {"ok": everybody(bool(ok))}
 
 
 def model() -> dict[str, object]:
     """A whole MoE layer with shared experts beside the routed ones; then again under a guard against host waits."""
-    shape, late = "super256", Late(rank=RANK, device=DEVICE, timeout_s=20)
+    shape = "super256"
     _, hidden, width, experts, top_k = SHAPES[shape]
     x_TD, _, _, dy_TD = inputs("uniform", shape, RANK)
     found = []
     through: Transport
-    for through in (LocalTransport(), transport(shape, late)):  # type: ignore[assignment]
+    several = transport(shape)
+    for through in (LocalTransport(), several):  # type: ignore[assignment]
         local = experts // through.ranks
         torch.manual_seed(3)
         with torch.device(DEVICE):
@@ -275,7 +278,7 @@ def model() -> dict[str, object]:
     for _ in range(3):
         step()
     torch.cuda.set_sync_debug_mode("default")
-    late.check()
+    several.node.late.check()
     return {"ok": everybody(all(equal(found[0], other) for other in found[1:]))}
 
 
