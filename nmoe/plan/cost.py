@@ -31,7 +31,8 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
                   the first half; "layer" leaves x and, of a MoE layer, the norm of h and the routing.
     rdep_buffers  for N > 1: N * T rows received and T * top_k rows returned in dtype, 12 bytes of index and
                   weight for each of N * T * top_k pairs, 4 for each weight's gradient returned, and two
-                  buffers of E + N counts of 8 bytes; on one rank nothing. T is that of an evaluation, if larger
+                  buffers of E + N counts of 8 bytes; on one rank nothing. T is that of an evaluation, if larger.
+                  On a GPU 8 bytes a pair and 4 a token received, and the counts of all ranks, 4 bytes each
     reduction     for several ranks: what all hold once more in float32, where ranks show each other gradients and
                   weights, and the sums of what the rank keeps of that
 
@@ -360,5 +361,7 @@ def rdep_bytes(config: Config, tokens: int, ranks_per_node: int) -> int:
         tokens = max(tokens, config.eval.bpb.sequences * config.batch.sequence_length)
     row = config.model.hidden_size * BYTES[config.model.dtype]
     pairs = tokens * moe.router.top_k
-    counts = 2 * 8 * (moe.router.num_experts + ranks_per_node)
-    return ranks_per_node * tokens * row + pairs * row + ranks_per_node * pairs * 12 + pairs * 4 + counts
+    counts, index = 2 * 8 * (moe.router.num_experts + ranks_per_node), 12 * pairs
+    if config.platform.target != "cpu":
+        counts, index = counts // 2 * ranks_per_node, 8 * pairs + 4 * tokens
+    return ranks_per_node * (tokens * row + index) + pairs * (row + 4) + counts

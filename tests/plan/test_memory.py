@@ -8,7 +8,7 @@ import torch
 from nmoe import platform
 from nmoe.bench.memory import Live, rows
 from nmoe.experts import grouped
-from nmoe.graph import build
+from nmoe.graph import build, transport_sizes
 from nmoe.kernels import launch
 from nmoe.model import attention, loss
 from nmoe.optim import muon, norm, rounding
@@ -193,3 +193,17 @@ def test_live_counts_each_storage_while_it_lives():
         assert live.now == 4000
         y = y * 2
         assert (live.now, live.peak) == (4000, 8000)
+
+
+@pytest.mark.parametrize("config", ["debug", "hopper"])
+def test_the_ranks_buffers_are_their_regions(config):
+    """Of the CPU's ranks and of GPUs, whose regions are made of other things."""
+    plan = resolve(ROOT / f"configs/{config}.toml", [])
+    sizes = transport_sizes(plan, 2)
+    if config == "debug":
+        regions = sizes.regions()
+    else:
+        regions = pytest.importorskip("nmoe.rdep.cuda").regions(sizes)
+    wanted = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in regions.values())
+    tokens = plan.config.batch.microbatch * plan.config.batch.sequence_length
+    assert cost.rdep_bytes(plan.config, tokens, 2) == wanted
