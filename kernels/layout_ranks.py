@@ -16,7 +16,8 @@ layout.py; blocks of 256 tokens count which owners they go to, and each count is
 `place`: one program turns all ranks' counts into first rows; every pair then writes its row, every token its
 places, every expert its tiles.
 
-Floor: 4 bytes read and 4 written a pair, 4 N a token; the six launches cost more.
+Floor: 4 bytes read and 4 written a pair, 4 N a token; the six launches cost more. Measured with the phase between
+the halves 0.039 ms for 65536 pairs, 0.085 for 262144, 128 experts (2026-11-25, two H100).
 """
 
 from typing import NamedTuple
