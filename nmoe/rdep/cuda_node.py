@@ -8,6 +8,8 @@ and `Late.check`, which the training calls once a step and which does not wait, 
 raises. A process that died is seen by its peers as a wait in vain too; whoever watches the processes is quicker.
 """
 
+from types import TracebackType
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ class Late:
 
 
 class CudaNode:
-    """One rank among its node's. Made by all of them together, and no rank may end while another still works.
+    """One rank among its node's. Made by all of them together. A context: leaving it waits until all are done.
 
     group: exactly these ranks. regions: of each rank's memory, the same on all. values: bytes that one rank brings to a
     `gather`, at most. timeout_s: how long a rank waits in every phase, in seconds. RunError N0806 if there is no room.
@@ -78,6 +80,15 @@ class CudaNode:
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         first = self.table["boxes_2NX"]
         self.boxes_N = (first, first + self.ranks * self.words * torch.int32.itemsize)
+
+    def __enter__(self) -> "CudaNode":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:  # this rank's memory must not go while a peer still stores there
+            self.meet("end")
+            torch.cuda.synchronize(self.device)
+            self.late.check()
 
     def meet(self, phase: str, layer: int = 0, *, words: Tensor | None = None, boxes_N: Tensor | None = None) -> None:
         """Publish the next phase to all, and wait for theirs, on the device.
