@@ -38,13 +38,16 @@ class CudaMemory:
                 place="the buffers of the ranks of a node",
                 help="lower [batch] microbatch, and see that all ranks of a node are on GPUs that reach each other",
             ) from error
-        self.ranks: list[dict[str, Tensor]] = [
-            {
-                name: self.handle.get_buffer(rank, shape, dtype, starts[name] // dtype.itemsize)
-                for name, (dtype, shape) in regions.items()
-            }
-            for rank in range(self.handle.world_size)
-        ]
+
+        def at(rank: int, name: str) -> Tensor:
+            dtype, shape = regions[name]
+            if not torch.Size(shape).numel():
+                return torch.empty(shape, dtype=dtype, device=device)
+            found: Tensor = self.handle.get_buffer(rank, shape, dtype, starts[name] // dtype.itemsize)
+            return found
+
+        ranks = range(self.handle.world_size)
+        self.ranks: list[dict[str, Tensor]] = [{name: at(rank, name) for name in regions} for rank in ranks]
         self.table: dict[str, Tensor] = {
             name: torch.tensor([base + at for base in self.handle.buffer_ptrs], dtype=torch.int64, device=device)
             for name, at in starts.items()
