@@ -139,7 +139,11 @@ class GradNorm:
         self.total = [rows(level, device) for level in levels([len(groups)])]
 
     def squared(self, gradients: Sequence[Tensor]) -> SquaredNorms:
-        """Squared 2-norms; gradients: float32, contiguous, in the order of the shapes. Raises N0720 for others."""
+        """Squared 2-norms of gradients as `sums` takes them."""
+        return self.norms(self.sums(gradients))
+
+    def sums(self, gradients: Sequence[Tensor]) -> Tensor:
+        """q of every row, float32. gradients: float32, contiguous, in the order of the shapes; N0720 for others."""
         for shape, g in zip(self.shapes, gradients, strict=True):
             if g.dtype != torch.float32 or not g.is_contiguous() or g.shape != shape or g.data_ptr() % 16:
                 raise fail(
@@ -152,6 +156,10 @@ class GradNorm:
                 table, addresses.of([gradients[n] for n in chosen]), owner_P, sums_R, aligned, SQUARES_LAUNCH.rows,
                 SQUARES_LAUNCH.block, num_warps=SQUARES_LAUNCH.warps,
             )  # fmt: skip
+        return sums_R
+
+    def norms(self, sums_R: Tensor) -> SquaredNorms:
+        """Squared 2-norms from q of every row, whoever has made them."""
         tensor_N = _added(sums_R, self.tensors)
         group_G = _added(tensor_N, self.groups)
         return SquaredNorms(tensor_N, group_G, _added(group_G, self.total)[0])

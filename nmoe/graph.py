@@ -17,6 +17,7 @@ from nmoe.model.init import initialize
 from nmoe.model.router import Router
 from nmoe.model.transformer import Transformer
 from nmoe.optim import reduction
+from nmoe.optim.gradient_norms import GradientNorms
 from nmoe.optim.groups import DTYPES, Optimizer
 from nmoe.optim.reduction import Alone, Reduction
 from nmoe.optim.rounding import Rounding
@@ -25,7 +26,7 @@ from nmoe.part import Part
 from nmoe.plan.plan import Plan
 from nmoe.plan.ranks import is_expert, shares_of
 from nmoe.rdep.memory import Regions, Sizes
-from nmoe.rdep.node import Node
+from nmoe.rdep.peers import Peers
 from nmoe.sharding import Share
 
 
@@ -34,8 +35,8 @@ class TrainingGraph:
     """The parts of one training, as one rank has them.
 
     optimizer: the groups in the plan's order; every parameter is in exactly one, and every share of it on one rank.
-    groups: the names of all parameters, by group. ranks: the others. shares: who keeps what, of all ranks; empty
-    for one rank, which keeps all.
+    groups: the names of all parameters, by group. norms: of all gradients. ranks: the others. shares: who keeps
+    what, of all ranks.
     clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
     document_mask: attention stays within a document.
     tokens_per_step: the loss is a mean over these. device: where the model, its state and a step's work are.
@@ -44,6 +45,7 @@ class TrainingGraph:
     model: Transformer
     optimizer: Optimizer
     groups: dict[str, list[str]]
+    norms: GradientNorms
     ranks: Alone | Reduction
     shares: tuple[Share, ...]
     rounding: Rounding
@@ -105,24 +107,34 @@ def transport_sizes(plan: Plan, ranks: int) -> Sizes | None:
     )
 
 
-def regions_of(plan: Plan, ranks: int, *, values: int) -> Regions:
-    """The memory that each rank of a node shares with the others. values: as `reduction.regions`."""
+def regions_of(plan: Plan, ranks: int, *, values: int) -> tuple[Regions, Regions]:
+    """The memory that each rank of a node shares with the others: the processes', and the GPUs', if it has any.
+
+    values: as `reduction.regions`.
+    """
     sizes = transport_sizes(plan, ranks)
     alike = [share for share in shares_of(plan.config, ranks, ranks) if not is_expert(share.name)]
-    return {**({} if sizes is None else sizes.regions()), **reduction.regions(alike, values)}
+    summed = reduction.regions(alike, values)
+    if plan.config.platform.target == "cpu":
+        return {**({} if sizes is None else sizes.regions()), **summed}, {}
+    from nmoe.rdep.cuda import regions
+
+    told = {"values_2X": summed.pop("values_2X")}
+    return told, {**({} if sizes is None else regions(sizes)), **summed}
 
 
-def build(plan: Plan, node: Node | None = None) -> TrainingGraph:
+def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
     """Assemble the parts on the plan's device and draw the initial weights.
 
-    node: the ranks of which this is one, with the memory of `regions_of`; None is one rank alone.
+    peers: the ranks of which this is one, with the memory of `regions_of`; None is one rank alone.
     Draws are float32 on the CPU on every target, and copied: 8.5 s of one core for a billion weights (2026-11-24).
     RunError N0507 if the data's tokenizer has more tokens than the model has room for.
     """
     config = plan.config
     device = platform.device(config.platform.target)
-    rank, ranks = (0, 1) if node is None else (node.rank, node.ranks)
+    rank, ranks = (0, 1) if peers is None else (peers.rank, peers.ranks)
     with device:
+        node = None if peers is None else peers.device
         transport = config.transport.build(node=node, sizes=transport_sizes(plan, ranks))
         model = config.model.build(transport=transport, recompute=config.output.recompute)
     shapes = list(config.model.parameters())
@@ -136,9 +148,9 @@ def build(plan: Plan, node: Node | None = None) -> TrainingGraph:
         ranks=ranks,
     )
 
-    shares = () if node is None else shares_of(plan.config, ranks, ranks)
+    shares = shares_of(plan.config, ranks, ranks)
     tensors = dict(model.named_parameters())
-    owned = tensors if node is None else shards(tensors, [share for share in shares if share.rank == rank])
+    owned = tensors if peers is None else shards(tensors, [share for share in shares if share.rank == rank])
     places = {share.name: (share.start, share.shape) for share in shares if share.rank == rank}
     rounding = Rounding(config.random.seed)
     names: dict[str, list[str]] = {name: [] for name in config.optimizer.groups()}
@@ -155,9 +167,10 @@ def build(plan: Plan, node: Node | None = None) -> TrainingGraph:
         for name, spec in config.optimizer.groups().items()
     ]
     together: Alone | Reduction = Alone()
-    if node is not None:
+    if peers is not None:
         together = Reduction(
-            node=node,
+            node=peers.device,
+            host=peers.host,
             parameters={name: parameter for name, parameter in tensors.items() if not is_expert(name)},
             shares=[share for share in shares if not is_expert(share.name)],
             owned=owned,
@@ -175,6 +188,7 @@ def build(plan: Plan, node: Node | None = None) -> TrainingGraph:
         model=model,
         optimizer=Optimizer(groups),
         groups=names,
+        norms=GradientNorms(groups=names, shares=shares, owned=owned, ranks=together, device=device),
         ranks=together,
         shares=shares,
         rounding=rounding,

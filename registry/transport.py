@@ -15,6 +15,12 @@ class Rdep(Component):
             from nmoe.rdep.local import LocalTransport
 
             return LocalTransport()
-        from nmoe.rdep.shm import ShmTransport
+        from nmoe.rdep.node import Node
 
-        return ShmTransport(node=node, sizes=sizes)
+        if isinstance(node, Node):
+            from nmoe.rdep.shm import ShmTransport
+
+            return ShmTransport(node=node, sizes=sizes)
+        from nmoe.rdep.cuda import CudaTransport
+
+        return CudaTransport(node=node, sizes=sizes)

@@ -59,7 +59,7 @@ def main() -> None:
         store=store, rank=me.rank, ranks=me.world_size, regions=regions(shares, 1), sizes=str(shape),
         timeout_s=TIMEOUT_S,
     ) as node:  # fmt: skip
-        ranks = Reduction(node=node, parameters={"weight": weight}, shares=shares, owned={"weight": owned})
+        ranks = Reduction(node=node, host=node, parameters={"weight": weight}, shares=shares, owned={"weight": owned})
 
         def ordered() -> None:
             ranks.clear()

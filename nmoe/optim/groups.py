@@ -14,7 +14,6 @@ its own; `places` says where they lie in the logical tensors, and `parts()` says
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,9 +27,6 @@ Places = Mapping[str, tuple[int, tuple[int, ...]]]
 
 WHOLE: Places = MappingProxyType({})
 """No parameter is a share."""
-
-if TYPE_CHECKING:
-    from nmoe.kernels.grad_norm import GradNorm
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -139,30 +135,10 @@ class Optimizer:
                         help="every parameter belongs to exactly one group",
                     )
                 owner[logical] = group.name
-        self._grad_norm: GradNorm | None = None
 
     def members(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
         """The groups' parameters by the groups' names, as nmoe.optim.norm takes them."""
         return {group.name: group.parameters for group in self.groups}
-
-    def squared_norms(self) -> norm.Norms:
-        """`norm.squared_norms` of the groups; on a GPU a few launches of `nmoe.kernels.grad_norm`."""
-        members = self.members()
-        parameters = [member for group in members.values() for member in group]
-        device = parameters[0][1].device
-        if device.type == "cpu":
-            return norm.squared_norms(members)
-        from nmoe.kernels.grad_norm import GradNorm
-
-        if self._grad_norm is None:
-            self._grad_norm = GradNorm([[p.shape for _, p in group] for group in members.values()], device)
-        found = self._grad_norm.squared([norm.gradient(name, parameter) for name, parameter in parameters])
-        names = [name for name, _ in parameters]
-        return norm.Norms(
-            parameters=dict(zip(names, found.tensor_N.unbind(), strict=True)),
-            groups=dict(zip(members, found.group_G.unbind(), strict=True)),
-            total=found.total,
-        )
 
     def rates(self, scale: float) -> dict[str, float]:
         """Each group's learning rate at the schedule's factor `scale`."""

@@ -68,20 +68,11 @@ def ordered_sum(values: torch.Tensor) -> torch.Tensor:
     return values.sum()
 
 
-def squared_norms(groups: Mapping[str, Iterable[tuple[str, torch.nn.Parameter]]]) -> Norms:
-    """Squared 2-norms of all gradients: of each parameter, of each group, of everything.
-
-    groups: the optimizer groups by name, each a list of (name, parameter), gradients in float32.
-    """
-    rows = {
-        group: {name: row_sums(gradient(name, parameter)) for name, parameter in members}
-        for group, members in groups.items()
-    }
-    return norms_of(rows)
-
-
 def norms_of(rows: Mapping[str, Mapping[str, torch.Tensor]]) -> Norms:
-    """As `squared_norms`, from the sums of all rows of each parameter, by group and name."""
+    """Squared 2-norms of each parameter, of each group, of everything.
+
+    rows: `row_sums` of all rows of each parameter, by group and name.
+    """
     parameters: dict[str, torch.Tensor] = {}
     by_group: dict[str, torch.Tensor] = {}
     device = next((sums.device for members in rows.values() for sums in members.values()), None)

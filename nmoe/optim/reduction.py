@@ -15,22 +15,41 @@ phase has passed since they were read (`nmoe.rdep.signals`); where none has, one
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nmoe.optim.norm import gradient
-from nmoe.rdep.memory import Regions
+from nmoe.rdep.memory import Region
 from nmoe.rdep.node import Node
 from nmoe.sharding import Share
 
+if TYPE_CHECKING:
+    from nmoe.rdep.cuda_node import CudaNode
 
-def regions(shares: Sequence[Share], values: int) -> Regions:
+
+def regions(shares: Sequence[Share], values: int) -> dict[str, Region]:
     """What a `Reduction` needs. shares: all ranks', without experts'. values: of one rank in one `gather`, at most."""
+    _, places = in_places(shares)
     return {
-        "gradients_P": (torch.float32, (sum(share.stop - share.start for share in shares),)),
+        "gradients_P": (torch.float32, (places[-1].stop if places else 0,)),
         "values_2X": (torch.float64, (2, 1 + values)),
     }
+
+
+def in_places(shares: Sequence[Share]) -> tuple[list[Share], list[slice]]:
+    """The shares one owner after the other, and the elements of `gradients_P` that each has."""
+    in_order, places, end = sorted(shares, key=lambda share: share.rank), [], 0
+    for share in in_order:
+        start = -(-end // ALIGNMENT) * ALIGNMENT
+        end = start + share.stop - share.start
+        places.append(slice(start, end))
+    return in_order, places
+
+
+ALIGNMENT = 4
+"""A share begins at a multiple of so many elements: 16 bytes, which kernels load at once."""
 
 
 class Alone:
@@ -54,34 +73,36 @@ class Alone:
         """See `Reduction`."""
         return [mine_X]
 
+    def gather_rows(self, mine_X: Tensor) -> Tensor:
+        """See `Reduction`."""
+        return mine_X[None]
+
 
 class Reduction:
     """One rank of several.
 
     parameters: those that all ranks hold, by name, contiguous, of one dtype of at most four bytes. shares: who
     owns what of them. owned: this rank's shares, by the names of their parameters, as parameters whose `grad` is
-    the sum. node: with the regions of `regions`.
+    the sum. node: with the regions of `regions`. host: the same ranks' host processes, which is the node itself where
+    the arithmetic is on the CPU; it has the region of the values.
     """
 
     def __init__(
         self,
         *,
-        node: Node,
+        node: "Node | CudaNode",
+        host: Node,
         parameters: Mapping[str, torch.nn.Parameter],
         shares: Sequence[Share],
         owned: Mapping[str, torch.nn.Parameter],
     ) -> None:
-        self.node, self.rank, self.ranks = node, node.rank, node.ranks
+        self.node, self.host, self.rank, self.ranks = node, host, node.rank, node.ranks
         self.parameters, self.owned = dict(parameters), dict(owned)
-        self.shares = sorted(shares, key=lambda share: share.rank)
-        self.places: list[slice] = []
-        end = 0
-        for share in self.shares:
-            self.places.append(slice(end, end + share.stop - share.start))
-            end += share.stop - share.start
+        self.shares, self.places = in_places(shares)
         mine = [place for share, place in zip(self.shares, self.places, strict=True) if share.rank == node.rank]
         self.mine = slice(mine[0].start, mine[-1].stop) if mine else slice(0, 0)
-        self.sum_Q = torch.empty(self.mine.stop - self.mine.start)
+        buffer_P = node.memory[node.rank]["gradients_P"]
+        self.sum_Q = torch.empty(self.mine.stop - self.mine.start, device=buffer_P.device)
         self.is_empty = True
         self.read_in = 0
         self.parity = 0
@@ -94,8 +115,13 @@ class Reduction:
         """A pass is over: every rank's `grad` of the parameters is its microbatch's, and is None afterwards."""
         self._wait_until_read()
         mine_P = self.node.memory[self.rank]["gradients_P"]
-        for share, place in zip(self.shares, self.places, strict=True):
-            mine_P[place].copy_(gradient(share.name, self.parameters[share.name]).view(-1)[share.start : share.stop])
+        gradients = {name: gradient(name, parameter).view(-1) for name, parameter in self.parameters.items()}
+        copy(
+            [
+                (mine_P[place], gradients[share.name][share.start : share.stop])
+                for share, place in zip(self.shares, self.places, strict=True)
+            ]
+        )
         for parameter in self.parameters.values():
             parameter.grad = None
         self.node.meet("gradients")
@@ -119,24 +145,33 @@ class Reduction:
     def share(self) -> None:
         """Every rank's copies of the parameters become what their owners have made of them."""
         self._wait_until_read()
+        mine: list[tuple[Tensor, Tensor]] = []
+        others: list[tuple[Tensor, Tensor]] = []
         for share, place in zip(self.shares, self.places, strict=True):
-            if share.rank == self.rank:
-                self._weights(share)[place].copy_(self._copy(share))
+            pair = self._copy(share), self._weights(share)[place]
+            (mine if share.rank == self.rank else others).append(pair)
+        copy([(shown, weight) for weight, shown in mine])
         self.node.meet("weights")
-        for share, place in zip(self.shares, self.places, strict=True):
-            if share.rank != self.rank:
-                self._copy(share).copy_(self._weights(share)[place])
+        copy(others)
         self.read_in = self.node.phase
 
     def gather(self, mine_X: Tensor) -> list[Tensor]:
         """What each rank brings, float64 vectors in the order of the ranks; the same on all of them."""
+        if not isinstance(self.node, Node):
+            self.node.late.check()
         self.parity ^= 1
-        board_X = self.node.memory[self.rank]["values_2X"][self.parity]
+        board_X = self.host.memory[self.rank]["values_2X"][self.parity]
         board_X[0] = mine_X.numel()
         board_X[1 : 1 + mine_X.numel()].copy_(mine_X)
-        self.node.meet("values")
-        boards = [memory["values_2X"][self.parity] for memory in self.node.memory]
+        self.host.meet("values")
+        boards = [memory["values_2X"][self.parity] for memory in self.host.memory]
         return [board_X[1 : 1 + int(board_X[0])].clone() for board_X in boards]
+
+    def gather_rows(self, mine_X: Tensor) -> Tensor:
+        """(N, X): every rank's float32 vector of X elements, on the device; X the same on all."""
+        if isinstance(self.node, Node):
+            return torch.stack(self.gather(mine_X)).float()
+        return self.node.gather(mine_X)
 
     def _wait_until_read(self) -> None:
         """All have come to a phase behind the one that showed this rank's gradients or weights: they have been read."""
@@ -150,3 +185,9 @@ class Reduction:
     def _weights(self, share: Share) -> Tensor:
         """The memory of a share's owner, as weights."""
         return self.node.memory[share.rank]["gradients_P"].view(self.parameters[share.name].dtype)
+
+
+def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Every first of a pair becomes its second, in as few launches as there can be."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [what for _, what in pairs])

@@ -31,8 +31,11 @@ from nmoe.errors import fail
 
 ALIGNMENT = 128  # bytes: two cache lines, so that two regions never share one
 
-Regions: TypeAlias = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""dtype and shape of each region of a rank's memory, by name."""
+Region: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
+"""dtype and shape."""
+
+Regions: TypeAlias = Mapping[str, Region]
+"""Those of a rank's memory, by name."""
 
 
 @attrs.frozen(kw_only=True, str=False)

@@ -83,7 +83,7 @@ class Attempt:
         manifest = reader.open_head(self.run_dir.checkpoints, self.control)
         record = self._environment(config.platform.target)
         changes = self._environment_changes(manifest, record, new_lineage=new_lineage)
-        self.graph = build(self.plan, self.launch.node)
+        self.graph = build(self.plan, self.launch.peers)
         self.windows = None
         if config.eval.bpb is not None:
             self.windows = config.eval.bpb.build(config.data, config.batch.sequence_length)
@@ -187,7 +187,7 @@ class Attempt:
 
         With several ranks it may need one that is gone, so nobody waits for the others any more.
         """
-        if self.launch.node is not None:
+        if self.launch.peers is not None:
             self.control.abort(failure)
         try:
             self.writer.wait()

@@ -6,7 +6,9 @@ and signals (`nmoe.rdep.node`), by which they exchange tokens and gradients and 
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -18,15 +20,22 @@ from nmoe.plan.ranks import shares_of
 from nmoe.plan.resolve import rank_problems
 from nmoe.rdep.control import Control
 from nmoe.rdep.node import Node
+from nmoe.rdep.peers import Peers
 from nmoe.train.tally import most_values
+
+if TYPE_CHECKING:
+    import torch
+
+    from nmoe.rdep.cuda_node import CudaNode
+    from nmoe.rdep.memory import Regions
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Launch:
-    """This process among the launch's. node: None for one alone."""
+    """This process among the launch's. peers: None for one alone."""
 
     control: Control
-    node: Node | None
+    peers: Peers | None
 
     @property
     def leads(self) -> bool:
@@ -34,21 +43,22 @@ class Launch:
         return self.control.rank == 0
 
     def check(self) -> None:
-        """RunError N0802 if a peer has failed or died; for a rank that waits for something else than its peers."""
-        if self.node is not None:
-            self.node.signals.check()
+        """RunError if a peer has failed, died or hung; for a rank that waits for something else than its peers."""
+        if self.peers is not None:
+            self.peers.check()
 
 
 def require_ranks(plan: Plan, process: platform.Process) -> None:
     """ConfigError N0601 or N0119 if the plan cannot be trained by these ranks."""
     ranks, per_node = process.world_size, process.local_world_size
-    problem = ""
-    if ranks > 1 and plan.config.platform.target != "cpu":
-        problem = f"{ranks} ranks were launched, and target `{plan.config.platform.target}` trains on one so far"
-    elif ranks != per_node:
-        problem = f"{ranks} ranks were launched, {per_node} on this node, and this version trains on one node"
-    if problem:
-        raise ConfigError(Diagnostic(code="N0601", message=problem, help="run `nmoe train` without torchrun"))
+    if ranks != per_node:
+        raise ConfigError(
+            Diagnostic(
+                code="N0601",
+                message=f"{ranks} ranks were launched, {per_node} on this node, and this version trains on one node",
+                help="launch as many ranks as one node has",
+            )
+        )
     found = rank_problems(plan.config, ranks, per_node)
     if found:
         raise ConfigError([attrs.evolve(one, place=f"{ranks} ranks launched") for one in found])
@@ -59,19 +69,46 @@ def launched(plan: Plan, process: platform.Process) -> Iterator[Launch]:
     """Meet the other ranks; leaving tells them whether this one is done or has failed."""
     ranks, timeout_s = process.world_size, plan.config.output.rank_timeout
     if ranks == 1:
-        yield Launch(control=Control.alone(), node=None)
+        yield Launch(control=Control.alone(), peers=None)
         return
     from nmoe.rdep.rendezvous import launch_store
 
     store = launch_store(timeout_s)
     shares = shares_of(plan.config, ranks, ranks)
-    regions = regions_of(plan, ranks, values=most_values(plan, shares, ranks))
+    values = most_values(plan, shares, ranks)
+    of_hosts, of_gpus = regions_of(plan, ranks, values=values)
+    sizes = f"plan {plan.fingerprint[:16]}, {transport_sizes(plan, ranks)}"
     with Node(
-        store=store, rank=process.rank, ranks=ranks, regions=regions,
-        sizes=f"plan {plan.fingerprint[:16]}, {transport_sizes(plan, ranks)}", timeout_s=timeout_s,
-    ) as node:  # fmt: skip
+        store=store, rank=process.rank, ranks=ranks, regions=of_hosts, sizes=sizes, timeout_s=timeout_s
+    ) as host, ExitStack() as stack:  # fmt: skip
+        device = stack.enter_context(gpus(store, process, of_gpus, values, timeout_s)) if of_gpus else host
         control = Control(store, rank=process.rank, ranks=ranks, timeout_s=timeout_s)
         try:
-            yield Launch(control=control, node=node)
+            yield Launch(control=control, peers=Peers(host, device))
         finally:
             control.leave()
+
+
+@contextmanager
+def gpus(
+    store: "torch.distributed.Store", process: platform.Process, regions: "Regions", values: int, timeout_s: float
+) -> "Iterator[CudaNode]":
+    """The node's GPUs, one for each rank; values: rows' sums that a rank brings to a norm, at most."""
+    import torch
+
+    from nmoe.rdep.cuda_node import CudaNode
+
+    device = torch.device("cuda", process.local_rank)
+    torch.distributed.init_process_group(
+        "nccl", store=torch.distributed.PrefixStore("gpus", store), rank=process.rank, world_size=process.world_size,
+        timeout=timedelta(seconds=timeout_s), device_id=device,
+    )  # fmt: skip
+    try:
+        group = torch.distributed.group.WORLD
+        assert group is not None
+        with CudaNode(
+            group=group, regions=regions, values=4 * values, device=device, timeout_s=timeout_s
+        ) as node:  # fmt: skip
+            yield node
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,9 +1,8 @@
 """What every rank tells the others once in a step, so that all of them decide the same.
 
-It travels as one vector of float64, in which counts are exact up to 2^53 and float32 values are what they were:
-the batch, memory, the losses of the rank's microbatches, each router's load and balance losses, and the sum of
-each row of its gradients. The loads and balance losses of all ranks then stand in the
-routers, and everybody computes the same norm from the same rows.
+It travels between the processes as one vector of float64, in which counts are exact up to 2^53 and float32 values are
+what they were: the batch, memory, the losses of the rank's microbatches, each router's load and balance losses. The
+loads and balance losses of all ranks then stand in the routers.
 """
 
 import attrs
@@ -13,7 +12,7 @@ from torch import Tensor
 from nmoe import platform
 from nmoe.errors import fail
 from nmoe.graph import TrainingGraph
-from nmoe.optim.norm import Norms, gradient, norms_of, row_sums
+from nmoe.optim.norm import Norms
 from nmoe.optim.reduction import Alone
 from nmoe.plan.plan import Plan
 from nmoe.sharding import Share
@@ -43,7 +42,7 @@ def most_values(plan: Plan, shares: tuple[Share, ...], ranks: int) -> int:
     moe, microbatches = plan.config.model.moe, plan.config.batch.microbatches
     routers = plan.config.model.num_layers * (moe.router.num_experts + MOST_LOSSES * microbatches) if moe else 0
     rows = max(sum(share.rows for share in shares if share.rank == rank) for rank in range(ranks))
-    return HEAD + microbatches + routers + rows
+    return max(HEAD + microbatches + routers, rows)
 
 
 def exchange(graph: TrainingGraph, *, digest: str, losses: list[Tensor], memory: platform.Memory) -> Tally:
@@ -51,21 +50,20 @@ def exchange(graph: TrainingGraph, *, digest: str, losses: list[Tensor], memory:
 
     RunError N0509 if a rank has another batch.
     """
+    norms = graph.norms.squared()  # a GPU has it in its queue before the host waits for the losses
+    nats = torch.stack(losses).tolist()
     if isinstance(graph.ranks, Alone):
-        norms = graph.optimizer.squared_norms()  # a GPU has it in its queue before the host waits for the losses
-        return Tally(nats=torch.stack(losses).tolist(), memory=[memory], norms=norms)
+        return Tally(nats=nats, memory=[memory], norms=norms)
 
     routers = [router for _, router in graph.routers()]
     batch = int(digest[:DIGEST_DIGITS], 16)
     head = [batch, *attrs.astuple(memory)]
     terms = [router.balance.terms() for router in routers if router.balance is not None]
-    owned = graph.ranks.owned
-    owned_rows = [row_sums(gradient(share.name, owned[share.name])) for share in _of(graph, graph.ranks.rank)]
-    mine = [torch.tensor(head), torch.stack(losses), *(router.load_E for router in routers), *terms, *owned_rows]
-    told = graph.ranks.gather(torch.cat([part.to("cpu", torch.float64).view(-1) for part in mine]))
+    loads = torch.stack([router.load_E for router in routers]).cpu() if routers else torch.empty(0)
+    mine = [torch.tensor(head), torch.tensor(nats), loads, *terms]
+    told = graph.ranks.gather(torch.cat([part.to(torch.float64).view(-1) for part in mine]))
 
-    sizes = [part.numel() for part in mine[: len(mine) - len(owned_rows)]]
-    parts = [vector.split([*sizes, *(share.rows for share in _of(graph, rank))]) for rank, vector in enumerate(told)]
+    parts = [vector.split([part.numel() for part in mine]) for vector in told]
     heads = [part[0].long().tolist() for part in parts]
     for rank, (other, *_) in enumerate(heads):
         if other != batch:
@@ -75,25 +73,17 @@ def exchange(graph: TrainingGraph, *, digest: str, losses: list[Tensor], memory:
                 place="the ranks' batches of one step",
                 help="all ranks must read the same data: compare `nmoe verify RUN --read-data` on their machines",
             )
-    for index, router in enumerate(routers):
-        router.load_E.copy_(torch.stack([part[2 + index] for part in parts]).sum(0).long())
+    all_loads = torch.stack([part[2] for part in parts]).sum(0).long().view(loads.shape)
+    for router, load_E in zip(routers, all_loads, strict=True):
+        router.load_E.copy_(load_E)
     with_losses = [router for router in routers if router.balance is not None]
-    for index, router in enumerate(with_losses):
+    for index, router in enumerate(with_losses, start=3):
         assert router.balance is not None
-        all_terms = torch.cat([part[2 + len(routers) + index] for part in parts])
-        router.balance.replace(all_terms.view(-1, len(router.balance.losses)), graph.tokens_per_step)
-    sums: dict[str, list[Tensor]] = {}
-    rest = [iter(part[len(sizes) :]) for part in parts]
-    for share in graph.shares:
-        sums.setdefault(share.name, []).append(next(rest[share.rank]))
+        all_terms = torch.cat([part[index] for part in parts]).view(-1, len(router.balance.losses))
+        router.balance.replace(all_terms, graph.tokens_per_step)
     return Tally(
         nats=torch.stack([part[1] for part in parts], dim=1).view(-1).tolist(),
         memory=[platform.Memory(**dict(zip(attrs.asdict(memory), found[1:], strict=True))) for found in heads],
-        norms=norms_of(
-            {group: {name: torch.cat(sums[name]) for name in names} for group, names in graph.groups.items()}
-        ),
+        norms=norms,
     )
 
-
-def _of(graph: TrainingGraph, rank: int) -> list[Share]:
-    return [share for share in graph.shares if share.rank == rank]

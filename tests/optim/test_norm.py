@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nmoe.errors import RunError
-from nmoe.optim.norm import clip_coefficient, not_finite, ordered_sum, row_sums, squared_norms
+from nmoe.optim.norm import clip_coefficient, gradient, norms_of, not_finite, ordered_sum, row_sums
 
 
 def model(scale=1.0):
@@ -16,6 +16,11 @@ def model(scale=1.0):
     for _, parameter in parameters:
         parameter.grad = torch.randn(parameter.shape) * scale
     return {"dense": parameters[:2], "experts": parameters[2:3], "router": parameters[3:], "none": []}
+
+
+def squared_norms(groups):
+    """Of all gradients of one rank."""
+    return norms_of({group: {n: row_sums(gradient(n, p)) for n, p in members} for group, members in groups.items()})
 
 
 def test_against_float64_and_torch():
