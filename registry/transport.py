@@ -10,8 +10,11 @@ class Rdep(Component):
     """Direct dispatch and return: every pair has one place, computed from the counts by every rank."""
 
     def build(self, node=None, sizes=None):
-        """The transport of one rank, whose index points into x itself, or between the ranks of a node."""
-        if node is None:
+        """The transport of one rank, whose index points into x itself, or between the ranks of a node.
+
+        sizes: of its buffers; None for a model without experts, whose tokens stay where they are.
+        """
+        if node is None or sizes is None:
             from nmoe.rdep.local import LocalTransport
 
             return LocalTransport()

@@ -108,5 +108,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    importlib.import_module(sys.argv[1])
 
     serve()

@@ -1,6 +1,7 @@
 """Trainings of a tiny model in this process: `runs` makes, continues, copies and looks at them."""
 
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from nmoe.plan.plan import Plan
 from nmoe.plan.resolve import resolve
 from nmoe.train.loop import Outcome, train
 from nmoe.train.step import Observer
+from tests.rdep.ranks import Ranks
+from tests.train.launches import Launches
 
 TINY = Path(__file__).parent / "tiny.toml"
 
@@ -89,3 +92,22 @@ def _switches_back():
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="session")
+def rank_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """One process from which all ranks are forked."""
+    server = Ranks(tmp_path_factory.mktemp("ranks"), "tests.train.work")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def launches(tmp_path: Path, rank_server: Ranks) -> Launches:
+    return Launches(tmp_path, rank_server)
+
+
+@pytest.fixture(scope="module")
+def module_launches(tmp_path_factory: pytest.TempPathFactory, rank_server: Ranks) -> Launches:
+    """Runs that a module's tests share and only look at."""
+    return Launches(tmp_path_factory.mktemp("launches"), rank_server)

@@ -1,0 +1,84 @@
+"""What is odd about a training's batches, or wrong with its arithmetic, on all its ranks alike; no error tells of it."""
+
+import itertools
+
+import attrs
+import torch
+
+from nmoe.data.loader import Loader
+from nmoe.optim.reduction import Reduction
+from nmoe.train import attempt, step
+
+
+def cancelling() -> None:
+    """Microbatch 1 is microbatch 0 again, and their losses weigh 1e4 and -1e4, the others' 1.
+
+    So the first two gradients cancel, and whoever adds in another order loses digits of the others.
+    """
+    make, loss, run = Loader.batch, step.linear_cross_entropy, step.run_step
+    numbers = itertools.count()
+
+    def batch(self, number):
+        made = make(self, number)
+        size = self.microbatch
+        for t in (made.input_ids_BS, made.targets_BS, made.document_ids_BS):
+            t[size : 2 * size] = t[:size]
+        return made
+
+    def weighted(*given, **more):
+        return loss(*given, **more) * {0: 1e4, 1: -1e4}.get(next(numbers), 1.0)
+
+    def run_step(graph, *given, **more):
+        nonlocal numbers
+        numbers = itertools.count(graph.ranks.rank, graph.ranks.ranks)
+        return run(graph, *given, **more)
+
+    Loader.batch, step.linear_cross_entropy, attempt.run_step = batch, weighted, run_step
+
+
+def other_order() -> None:
+    """A fault: the ranks' parts are added from the last rank to the first."""
+    add = Reduction.add
+
+    def backwards(self):
+        self.node.memory.reverse()
+        try:
+            add(self)
+        finally:
+            self.node.memory.reverse()
+
+    Reduction.add = backwards
+
+
+def other_microbatch() -> None:
+    """A fault: every rank takes the microbatch of the rank before it."""
+    run = step.run_step
+
+    def run_step(graph, batch, **more):
+        turn = {
+            name: getattr(batch, name).roll(graph.microbatch, dims=0)
+            for name in ("input_ids_BS", "targets_BS", "document_ids_BS")
+        }
+        return run(graph, attrs.evolve(batch, **turn), **more)
+
+    attempt.run_step = run_step
+
+
+def flipped_weight() -> None:
+    """A fault: after the third step one rank's copy of a weight has another last bit."""
+    share, calls = Reduction.share, itertools.count()
+
+    def shared(self):
+        share(self)
+        if self.rank == 1 and next(calls) == 3:
+            name = min(self.parameters)
+            raw = self.parameters[name].detach().view(-1).view(torch.uint8)
+            raw[0] ^= 1
+
+    Reduction.share = shared
+
+
+ODD = {
+    "cancelling": cancelling, "other order": other_order, "other microbatch": other_microbatch,
+    "flipped weight": flipped_weight,
+}  # fmt: skip

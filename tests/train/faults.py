@@ -1,0 +1,91 @@
+"""What goes wrong on one rank of a training, and where: armed in the rank's own process before it starts.
+
+A fault is HOW@WHERE. WHERE is a phase of step STEP, as `nmoe.train` names them to an observer, or one of PLACES.
+"""
+
+import errno
+import os
+import resource
+import signal
+from pathlib import Path
+
+import torch
+
+from nmoe.checkpoint import disk
+from nmoe.data.loader import Loader
+from nmoe.metrics.sink import Sink
+from nmoe.train import attempt, launch, loop
+
+STEP = 4
+PHASES = ("batch", "forward", "backward", "optimizer", "router", "metrics", "evaluation", "save")
+PLACES = ("start", "meeting", "opening", "building", "restoring", "objects", "ledger", "loader thread")
+
+
+class OnFire(Exception):
+    """A fault of the program, which the drill asks for."""
+
+
+def act(how: str) -> None:
+    """Does what goes wrong, here and now."""
+    if how.startswith("SIG"):
+        for one in how.split("+"):
+            os.kill(os.getpid(), getattr(signal, one))
+    elif how == "raise":
+        raise OnFire("the rank is on fire")
+    elif how == "memory":
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (32 << 20), resource.RLIM_INFINITY))
+        torch.empty(1 << 32)
+    elif how in errno.errorcode.values():
+        number = getattr(errno, how)
+        raise disk.cannot("write", Path("a file"), OSError(number, os.strerror(number)))
+    elif how == "exit":
+        os._exit(7)
+    else:
+        raise ValueError(how)
+
+
+def arm(fault: str) -> None:
+    """Makes this process go wrong as `fault` says when its training comes there."""
+    how, _, where = fault.partition("@")
+    real = loop.train
+
+    def observe(step: int, phase: str) -> None:
+        if (step, phase) == (STEP, where):
+            act(how)
+
+    def train(*given, **more):
+        if where == "start":
+            act(how)
+        return real(*given, observe=observe, **more)
+
+    loop.train = train
+    if where == "meeting":
+        _before(launch, "Node", how)
+    elif where == "opening":
+        _before(loop, "_open", how)
+    elif where == "building":
+        _before(attempt, "build", how)
+    elif where == "restoring":
+        _before(attempt.reader, "read_into", how)
+    elif where == "objects":
+        _before(disk, "write_synced", how, when=lambda path, *_: path.name.startswith("object."))
+    elif where == "ledger":
+        _before(Sink, "commit", how, when=lambda sink, step, *_: step == STEP)
+    elif where == "loader thread":
+        _before(Loader, "batch", how, when=lambda loader, step: step == STEP)
+    elif where not in ("start", *PHASES):
+        raise ValueError(where)
+
+
+def _before(place, name: str, how: str, when=lambda *_: True) -> None:
+    """`how` happens as that function is called, the first time that `when` says so of its arguments."""
+    real, left = getattr(place, name), [how]
+
+    def wrapped(*given, **more):
+        if left and when(*given):
+            act(left.pop())
+        return real(*given, **more)
+
+    setattr(place, name, wrapped)
+
