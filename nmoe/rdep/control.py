@@ -26,6 +26,7 @@ LOOK_S = 0.02  # between two looks at the store
 SLICE_S = 0.25  # between two looks at what can end a wait for its answer
 SIGN_S = 1.0  # between two signs of work
 LEAVE_S = 5.0
+GIVEN_UP = "N0815"
 PIECE_BYTES = 1 << 20  # a TCPStore drops the connection of who sends 8 MiB at once
 
 
@@ -41,14 +42,18 @@ class Control:
     """One rank's end. One thread may use it at a time; another thread takes a `clone`.
 
     store: shared by all ranks of the training; None for one rank alone, which needs none. timeout_s: how
-    long a rank may show no sign after this one has come to a round, in seconds.
+    long a rank may show no sign after this one has come to a round, in seconds. look: raises what is known by
+    another way of a rank that has failed; called while this one waits, not in clones.
     """
 
-    def __init__(self, store: "Store | None", *, rank: int, ranks: int, timeout_s: float):
+    def __init__(
+        self, store: "Store | None", *, rank: int, ranks: int, timeout_s: float,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         if (store is None) != (ranks == 1) or not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks} {'without' if store is None else 'with'} a store")
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
-        self._store = store
+        self._store, self._look = store, look
         self._prefix = "control"
         self._clones = 0
         self._round = 0
@@ -129,7 +134,12 @@ class Control:
         return self.together(what, lambda: work() if self.rank == 0 else None)[0]
 
     def alive(self) -> None:
-        """A sign that this rank is at work, for those that wait for it; to be given often, as long work goes on."""
+        """A sign that this rank is at work, for those that wait for it; to be given often, as long work goes on.
+
+        RunError N0815 if this process has given up, and the work is for nobody any more.
+        """
+        if self._given_up.cause:
+            raise self._stopped_waiting()
         now = time.monotonic()
         if self._store is not None and now - self._last_sign >= SIGN_S:
             self._signs, self._last_sign = self._signs + 1, now
@@ -202,6 +212,7 @@ class Control:
             # The store's own wait writes two lines of its own to stderr whenever its time is up.
             if self._given_up.at_all.wait(LOOK_S):
                 raise self._stopped_waiting()
+            self._look()
             self._look_for_failure(what, key)
             now = time.monotonic()
             for peer in missing:
@@ -227,7 +238,7 @@ class Control:
 
     def _stopped_waiting(self) -> RunError:
         return fail(
-            "N0815",
+            GIVEN_UP,
             f"rank {self.rank} has stopped waiting: {self._given_up.cause}",
             place=f"rank {self.rank}",
             help="look at the failure that is named",
@@ -254,6 +265,7 @@ class Control:
         try:
             yield
         except (RuntimeError, TimeoutError) as error:
+            self._look()
             raise fail(
                 "N0814",
                 f"the store of the launch is gone: {(str(error).splitlines() or [''])[0]}",

@@ -95,11 +95,12 @@ def meet(
             os.close(known.memory)
         if isinstance(error, OSError):
             missing = ", ".join(str(peer) for peer in range(ranks) if peer != rank and peer not in peers)
+            why = f" within {timeout_s:g} s" if isinstance(error, TimeoutError) else f": {error}"
             raise fail(
                 "N0805",
-                f"rank {rank} cannot meet rank {missing}: {error}",
+                f"rank {rank} cannot meet rank {missing}{why}",
                 place="rendezvous of the ranks of a node",
-                help="start all ranks of a node on one machine and in one network namespace",
+                help=f"look at what rank {missing} wrote; all ranks of a node start on one machine, in one network namespace",
             ) from error
         raise
     return peers
@@ -109,9 +110,10 @@ def _get(store: torch.distributed.Store, key: str, peer: int) -> bytes:
     try:
         found: bytes = store.get(key)
     except RuntimeError as error:
+        late = str(error).startswith("Timeout")
         raise fail(
             "N0805",
-            f"rank {peer} has not come: {str(error).splitlines()[0]}",
+            f"rank {peer} has not come" + (f" within {store.timeout.total_seconds():g} s" if late else f": {error}"),
             place="rendezvous of the ranks of a node",
             help=f"look at what rank {peer} wrote",
         ) from error

@@ -79,6 +79,7 @@ class Signals:
         self.waiting: dict[int, collections.deque[Arrival]] = {peer: collections.deque() for peer in self.sockets}
         self.ended: set[int] = set()
         self.failure: Failure | None = None
+        self.has_told = False
         self.poll = select.poll()
         self.peer_of_file = {end.fileno(): peer for peer, end in self.sockets.items()}
         for end in self.sockets.values():
@@ -136,20 +137,30 @@ class Signals:
         if self.failure is not None:
             raise self._gone(self.failure.rank)
 
+    def tell(self, error: BaseException) -> None:
+        """Say that this rank has failed, and why; it says so once."""
+        if not self.has_told:
+            self.has_told = True
+            where = f"\nin {self.here}" if self.here.number else ""
+            first = self.failure or Failure(self.rank, describe(error) + where)
+            text = first.text.encode(errors="replace")[:TEXT_BYTES]
+            self._say(HEAD.pack(FAILED, 0, first.rank, self.here.number) + text)
+
     def close(self, error: BaseException | None = None) -> None:
         """Say why this rank ends, or that it is done, and close the sockets."""
         if error is None:
-            message = HEAD.pack(ENDED, 0, 0, self.here.number)
+            self._say(HEAD.pack(ENDED, 0, 0, self.here.number))
         else:
-            first = self.failure or Failure(self.rank, f"{describe(error)}\nin {self.here}")
-            text = first.text.encode(errors="replace")[:TEXT_BYTES]
-            message = HEAD.pack(FAILED, 0, first.rank, self.here.number) + text
+            self.tell(error)
+        for end in self.sockets.values():
+            end.close()
+        self.sockets.clear()
+
+    def _say(self, message: bytes) -> None:
         for end in self.sockets.values():
             end.setblocking(False)
             with contextlib.suppress(OSError):  # it has gone, or hangs with a full queue: there is nobody to tell
                 end.send(message)
-            end.close()
-        self.sockets.clear()
 
     def _receive(self, peer: int) -> None:
         """One message of a peer, or its end."""
@@ -182,11 +193,11 @@ class Signals:
         if failure is None:
             return self._apart(peer, "has ended")
         first, *more = failure.text.splitlines() or [""]
-        notes = [*more, *(self._expected(failure.rank) if failure.rank in self.seen else [])]
+        notes = [*more, *(self._expected(failure.rank) if failure.rank in self.seen and self.here.number else [])]
         return fail(
             "N0802",
             f"rank {failure.rank} failed first: {first}",
-            place=f"rank {self.rank} at {self.here}",
+            place=f"rank {self.rank} at {self.here if self.here.number else 'the start'}",
             help=f"look at what rank {failure.rank} wrote",
             notes=notes,
         )

@@ -31,6 +31,7 @@ from nmoe.metrics import router_collapse, router_health
 from nmoe.metrics.sink import Sink
 from nmoe.metrics.throughput import Throughput
 from nmoe.plan.plan import Plan
+from nmoe.rdep.control import GIVEN_UP
 from nmoe.train.launch import Launch
 from nmoe.train.progress import Progress, count, duration
 from nmoe.train.recording import record_evaluation, record_step
@@ -58,11 +59,14 @@ def metrics_directory(plan: Plan) -> Path:
 class Attempt:
     """One rank's part of an attempt at a run that rank 0 owns. state: how far it has come."""
 
-    def __init__(self, plan: Plan, run: RunDir | FollowedRun, launch: Launch, observe: Observer):
+    def __init__(
+        self, plan: Plan, run: RunDir | FollowedRun, launch: Launch, stop: StopRequest, observe: Observer
+    ) -> None:
         self.plan = plan
         self.run_dir = run
         self.launch = launch
         self.control = launch.control
+        self.stop = stop
         self.observe = observe
         self.output = plan.config.output
         self.last_step = min(self.output.stop_after_step or plan.total_steps, plan.total_steps)
@@ -112,25 +116,25 @@ class Attempt:
             self.run_dir.checkpoints, keep=self.output.keep_checkpoints, control=self.control
         )
         try:
-            with StopRequest() as stop:
-                if isinstance(self.run_dir, FollowedRun):
-                    ended_by = self._train(None, stop)
-                else:
-                    with Sink(
-                        metrics_directory(self.plan),
-                        run=self.run_dir.name, lineage=self.run_dir.lineage, attempt=self.run_dir.attempt,
-                    ) as sink:  # fmt: skip
-                        sink.set_aside_after(self.state.step)
-                        ended_by = self._train(sink, stop)
+            self.stop.at_once = False
+            if isinstance(self.run_dir, FollowedRun):
+                ended_by = self._train(None)
+            else:
+                with Sink(
+                    metrics_directory(self.plan),
+                    run=self.run_dir.name, lineage=self.run_dir.lineage, attempt=self.run_dir.attempt,
+                ) as sink:  # fmt: skip
+                    sink.set_aside_after(self.state.step)
+                    ended_by = self._train(sink)
         finally:
             self.progress.close()
         self.run_dir.event("stop", step=self.state.step, signal=ended_by)
         return End(step=self.state.step, signal=ended_by, bits_per_byte=self.bits)
 
-    def _train(self, sink: Sink | None, stop: StopRequest) -> str | None:
+    def _train(self, sink: Sink | None) -> str | None:
         """The steps, and the end of the last save; the signal that ended them, if one did."""
         try:
-            ended_by = self._steps(sink, stop)
+            ended_by = self._steps(sink)
         except BaseException as failure:
             self._end_saving(failure)
             raise
@@ -178,7 +182,7 @@ class Attempt:
             try:
                 self.launch.check()
             except RunError as failure:
-                self.control.abort(failure)
+                self.launch.give_up(failure)
                 raise
         self.writer.wait()
 
@@ -187,12 +191,13 @@ class Attempt:
 
         With several ranks it may need one that is gone, so nobody waits for the others any more.
         """
-        if self.launch.peers is not None:
-            self.control.abort(failure)
+        self.launch.give_up(failure)
         try:
             self.writer.wait()
         except NmoeError as second:
-            failure.add_note(f"the save under way failed too: {second}")
+            (also,) = second.diagnostics[:1]
+            if also.code != GIVEN_UP and also.message not in str(failure):
+                failure.add_note(f"the save under way failed too: {also.message}")
 
     def _data_digests(self) -> dict[str, str]:
         digests = {"train": self.graph.loader.digest}
@@ -225,11 +230,11 @@ class Attempt:
         )
         self.progress.say(f"{where} in {self.run_dir.path}, attempt {self.run_dir.attempt}")
 
-    def _steps(self, sink: Sink | None, stop: StopRequest) -> str | None:
+    def _steps(self, sink: Sink | None) -> str | None:
         """Train until the last step, or until a rank has been asked to stop: the signal's name."""
         tokens = self.plan.tokens_per_step
-        is_last = self.state.step >= self.last_step
-        ended_by = None
+        ended_by = self._asked_to_stop()
+        is_last = self.state.step >= self.last_step or ended_by is not None
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
         with prefetch:
             while not is_last:
@@ -255,9 +260,9 @@ class Attempt:
                 self.observe(step, "metrics")
                 stopping = self._look_for_collapse(step, health)
                 evaluation = self._evaluate_if_due(step, seen)
-                # The one look at signals: what comes after it ends the next step, so the last step of an
-                # attempt always has its metrics and its checkpoint.
-                ended_by = self._asked_to_stop(stop)
+                # The one look of a step at signals: what comes after it ends the next step, so the last step of
+                # an attempt always has its metrics and its checkpoint.
+                ended_by = self._asked_to_stop()
                 is_last = step == self.last_step or ended_by is not None
                 if sink is not None and (step % self.output.metrics_every == 0 or is_last or evaluation or stopping):
                     record_step(
@@ -276,9 +281,9 @@ class Attempt:
                     self._save(sink)
         return ended_by
 
-    def _asked_to_stop(self, stop: StopRequest) -> str | None:
+    def _asked_to_stop(self) -> str | None:
         """The name of the signal by which a rank has been asked to stop, the lowest such rank's."""
-        asked = self.graph.ranks.gather(torch.tensor([float(stop.number)], dtype=torch.float64))
+        asked = self.graph.ranks.gather(torch.tensor([float(self.stop.number)], dtype=torch.float64))
         numbers = [int(number) for number in asked if number]
         return signal.Signals(numbers[0]).name if numbers else None
 

@@ -47,6 +47,12 @@ class Launch:
         if self.peers is not None:
             self.peers.check()
 
+    def give_up(self, error: BaseException) -> None:
+        """This rank has failed: the others hear of it now, and none of its threads waits for them any more."""
+        if self.peers is not None:
+            self.peers.host.signals.tell(error)
+            self.control.abort(error)
+
 
 def require_ranks(plan: Plan, process: platform.Process) -> None:
     """ConfigError N0601 or N0119 if the plan cannot be trained by these ranks."""
@@ -77,16 +83,19 @@ def launched(plan: Plan, process: platform.Process) -> Iterator[Launch]:
     shares = shares_of(plan.config, ranks, ranks)
     values = most_values(plan, shares, ranks)
     of_hosts, of_gpus = regions_of(plan, ranks, values=values)
-    sizes = f"plan {plan.fingerprint[:16]}, {transport_sizes(plan, ranks)}"
-    with Node(
-        store=store, rank=process.rank, ranks=ranks, regions=of_hosts, sizes=sizes, timeout_s=timeout_s
-    ) as host, ExitStack() as stack:  # fmt: skip
+    with ExitStack() as stack:
+        host = Node(
+            store=store, rank=process.rank, ranks=ranks, regions=of_hosts,
+            sizes=f"plan {plan.fingerprint[:16]}, {transport_sizes(plan, ranks)}", timeout_s=timeout_s,
+        )  # fmt: skip
+        control = Control(
+            store, rank=process.rank, ranks=ranks, timeout_s=timeout_s, look=host.signals.check
+        )
+        # To leave takes a while, and comes after the peers have been told why.
+        stack.callback(control.leave)
+        stack.enter_context(host)
         device = stack.enter_context(gpus(store, process, of_gpus, values, timeout_s)) if of_gpus else host
-        control = Control(store, rank=process.rank, ranks=ranks, timeout_s=timeout_s)
-        try:
-            yield Launch(control=control, peers=Peers(host, device))
-        finally:
-            control.leave()
+        yield Launch(control=control, peers=Peers(host, device))
 
 
 @contextmanager

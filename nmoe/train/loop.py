@@ -1,7 +1,7 @@
 """From a frozen plan to a finished run: hardware, ranks and directory first, then one attempt."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from nmoe.train import failure
 from nmoe.train.attempt import Attempt, End, metrics_directory
 from nmoe.train.launch import Launch, launched, require_ranks
 from nmoe.train.run_dir import FollowedRun, RunDir
+from nmoe.train.signals import StopRequest
 from nmoe.train.step import Observer
 
 EXIT_SIGNAL = 130
@@ -47,11 +48,13 @@ def train(
     require_ranks(plan, process)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     with ExitStack() as stack:
+        stack.enter_context(_named(process))
+        stop = stack.enter_context(StopRequest(at_once=process.world_size == 1))
         launch = stack.enter_context(launched(plan, process))
         run = _open(plan, config_text, launch, stack)
         if run.is_complete(plan.total_steps):
             return _outcome(plan, run, launch, None)
-        attempt = Attempt(plan, run, launch, observe)
+        attempt = Attempt(plan, run, launch, stop, observe)
         try:
             end = attempt.run(new_lineage=new_lineage)
         except BaseException as error:
@@ -61,6 +64,17 @@ def train(
             )  # fmt: skip
             raise
         return _outcome(plan, run, launch, end)
+
+
+@contextmanager
+def _named(process: platform.Process) -> Iterator[None]:
+    """Of several ranks that write to one terminal each says which it is."""
+    try:
+        yield
+    except Exception as error:
+        if process.world_size > 1:
+            error.add_note(f"this was rank {process.rank} of {process.world_size}")
+        raise
 
 
 def _open(plan: Plan, config_text: str, launch: Launch, stack: ExitStack) -> RunDir | FollowedRun:
@@ -100,7 +114,8 @@ def _outcome(plan: Plan, run: RunDir | FollowedRun, launch: Launch, end: End | N
     elif end.step == total:
         first, bits = f"complete: {total} steps", end.bits_per_byte
     elif end.signal is not None:
-        first = f"stopped by {end.signal} after step {end.step} of {total}, saved; run again to continue"
+        where = f"after step {end.step} of {total}, saved" if end.step else "before the first step"
+        first = f"stopped by {end.signal} {where}; run again to continue"
         exit_code = EXIT_SIGNAL
     else:
         first = f"stopped after step {end.step} of {total}, as [output] stop_after_step says; raise it to continue"

@@ -1,9 +1,11 @@
 """What goes wrong on one rank of a training, and where: armed in the rank's own process before it starts.
 
-A fault is HOW@WHERE. WHERE is a phase of step STEP, as `nmoe.train` names them to an observer, or one of PLACES.
+A fault is HOW@WHERE. WHERE is one of PHASES, as `nmoe.train` names them to an observer: the first of step STEP or
+later; or one of PLACES.
 """
 
 import errno
+import itertools
 import os
 import resource
 import signal
@@ -16,7 +18,7 @@ from nmoe.data.loader import Loader
 from nmoe.metrics.sink import Sink
 from nmoe.train import attempt, launch, loop
 
-STEP = 4
+STEP = 5
 PHASES = ("batch", "forward", "backward", "optimizer", "router", "metrics", "evaluation", "save")
 PLACES = ("start", "meeting", "opening", "building", "restoring", "objects", "ledger", "loader thread")
 
@@ -50,9 +52,11 @@ def arm(fault: str) -> None:
     how, _, where = fault.partition("@")
     real = loop.train
 
+    left = [how]
+
     def observe(step: int, phase: str) -> None:
-        if (step, phase) == (STEP, where):
-            act(how)
+        if left and step >= STEP and phase == where:
+            act(left.pop())
 
     def train(*given, **more):
         if where == "start":
@@ -68,8 +72,9 @@ def arm(fault: str) -> None:
         _before(attempt, "build", how)
     elif where == "restoring":
         _before(attempt.reader, "read_into", how)
-    elif where == "objects":
-        _before(disk, "write_synced", how, when=lambda path, *_: path.name.startswith("object."))
+    elif where == "objects":  # of the second save
+        names = itertools.count()
+        _before(disk, "write_synced", how, when=lambda path, *_: "object" in path.name and next(names) >= 40)
     elif where == "ledger":
         _before(Sink, "commit", how, when=lambda sink, step, *_: step == STEP)
     elif where == "loader thread":

@@ -30,7 +30,7 @@ CONFIGS: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "adamw for experts": ((*FOUR, *ADAMW), (2, 4), ""),
     "softmax router, balance and z losses": ((*FOUR, *SOFTMAX), (2, 4), ""),
     "two microbatches of two sequences": ((), (2,), ""),
-    "all of six microbatches on 2, 3 and 6 ranks": ((*SIX, *SOFTMAX), (2, 3, 6), ""),
+    "softmax router, balance and z losses, on 3 and 6 ranks": ((*SIX, *SOFTMAX), (3, 6), ""),
     "documents apart, whole layers computed again": (
         (*FOUR, "batch.document_mask=true", 'output.recompute="layer"'), (2, 4), "",
     ),

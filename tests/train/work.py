@@ -8,7 +8,6 @@ from nmoe.checkpoint import environment
 from nmoe.cli.main import run
 from nmoe.data import corpus
 from nmoe.rdep import rendezvous
-from nmoe.train import loop
 from tests.rdep.talk import tcp
 from tests.rdep.work import Planned as Planned  # the server of ranks asks for these here
 from tests.rdep.work import store as store
@@ -20,14 +19,13 @@ for _part in ("train", "heldout"):
     corpus.documents("shakespeare", _part)
 _hashes = environment.source_hashes()
 environment.source_hashes = lambda: _hashes
-assert loop
 
 
-def training(*, rank, ranks, store, config, sets, log, kind="file", who=None, fault="", text="", more=None):
+def training(*, rank, ranks, store, config, sets, log, kind="file", who=None, fault="", odd="", more=None):
     """The exit status of `nmoe train`.
 
     kind: of the store; a file outlives all ranks, as torchrun's store does, "tcp" is served by rank 0. who, fault:
-    the rank that goes wrong, and how. text: what is odd about the batches or the arithmetic, on all ranks.
+    the rank that goes wrong, and how. odd: what is odd about the arithmetic of all ranks, with commas between.
     more: keys of single ranks, by rank. log: directory for what each rank writes.
     """
     speak_into(Path(log) / f"{rank}.txt")
@@ -35,8 +33,8 @@ def training(*, rank, ranks, store, config, sets, log, kind="file", who=None, fa
         found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": 1}
         os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="127.0.0.1")
         rendezvous.launch_store = lambda timeout_s: tcp(store, rank) if kind == "tcp" else store
-    if text:
-        arithmetic.ODD[text]()
+    for name in filter(None, odd.split(", ")):
+        arithmetic.ODD[name]()
     if rank == who:
         faults.arm(fault)
     own = (more or {}).get(str(rank), [])
