@@ -67,13 +67,13 @@ def meet(
             if rank == 0:
                 store.set("run", secrets.token_hex(16))
             store.set(f"address/{rank}", listener.getsockname())
-            run = _get(store, "run", 0).decode()
+            run = _get(store, "run", 0, timeout_s).decode()
             mine = json.dumps({"run": run, "rank": rank, "sizes": sizes}).encode()
             for peer in range(rank):
                 end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 end.settimeout(timeout_s)
                 try:
-                    end.connect(_get(store, f"address/{peer}", peer))
+                    end.connect(_get(store, f"address/{peer}", peer, timeout_s))
                     socket.send_fds(end, [mine], [memory])
                     _, peers[peer] = _greeted(end, run, sizes, expected=peer)
                 except BaseException:
@@ -106,14 +106,14 @@ def meet(
     return peers
 
 
-def _get(store: torch.distributed.Store, key: str, peer: int) -> bytes:
+def _get(store: torch.distributed.Store, key: str, peer: int, timeout_s: float) -> bytes:
     try:
         found: bytes = store.get(key)
     except RuntimeError as error:
-        late = str(error).startswith("Timeout")
+        late, first = "timeout" in str(error).lower(), str(error).splitlines()[0]
         raise fail(
             "N0805",
-            f"rank {peer} has not come" + (f" within {store.timeout.total_seconds():g} s" if late else f": {error}"),
+            f"rank {peer} has not come" + (f" within {timeout_s:g} s" if late else f": {first}"),
             place="rendezvous of the ranks of a node",
             help=f"look at what rank {peer} wrote",
         ) from error

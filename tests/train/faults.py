@@ -72,9 +72,9 @@ def arm(fault: str) -> None:
         _before(attempt, "build", how)
     elif where == "restoring":
         _before(attempt.reader, "read_into", how)
-    elif where == "objects":  # of the second save
+    elif where == "objects":  # when some have been written
         names = itertools.count()
-        _before(disk, "write_synced", how, when=lambda path, *_: "object" in path.name and next(names) >= 40)
+        _before(disk, "write_synced", how, when=lambda path, *_: "object" in path.name and next(names) == 3)
     elif where == "ledger":
         _before(Sink, "commit", how, when=lambda sink, step, *_: step == STEP)
     elif where == "loader thread":

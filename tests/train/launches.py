@@ -57,7 +57,7 @@ class Launch:
 
 
 class Launches:
-    """Runs by name below one directory; every launch is of forked ranks."""
+    """Runs by name below one directory, their metrics beside them; every launch is of forked ranks."""
 
     def __init__(self, directory: Path, ranks: Ranks, config: Path = TINY):
         self.directory, self.ranks, self.config = directory, ranks, config
@@ -66,10 +66,13 @@ class Launches:
     def path(self, name: str) -> Path:
         return self.directory / name
 
+    def metrics(self, name: str) -> Path:
+        return self.path(name).parent / "metrics" / self.path(name).name
+
     def train(self, name: str, ranks: int, *sets: str, config: Path | None = None, **more) -> Launch:
         self.count += 1
         log = self.directory / "logs" / str(self.count)
-        keys = [f'output.run_dir="{self.path(name)}"', f'output.metrics_dir="{self.directory / "metrics"}"', *sets]
+        keys = [f'output.run_dir="{self.path(name)}"', f'output.metrics_dir="{self.metrics(name).parent}"', *sets]
         answers = self.ranks.run(
             "training", ranks, config=str(config or self.config), sets=keys, log=str(log), **more
         )
@@ -94,7 +97,7 @@ class Launches:
         rows = [
             (row.step, row.tokens_seen, row.name, row.layer, row.expert, row.label,
              None if row.value is None else row.value.hex())
-            for row in read_rows(self.directory / "metrics" / name)
+            for row in read_rows(self.metrics(name))
             if row.name.startswith(GROUPS)
         ]  # fmt: skip
         head = reader.require_head(self.path(name) / "checkpoints")
