@@ -164,6 +164,19 @@ def process() -> Process:
     )
 
 
+def variables_of_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment of one of the ranks that this process launches on this machine, with a store at `port`.
+
+    It is this process's, and what torchrun's would be beside.
+    """
+    mine = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }  # fmt: skip
+    fixed = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return {**os.environ, **fixed, **{name: str(value) for name, value in mine.items()}}
+
+
 def environment_variables() -> dict[str, str]:
     """Variables of the families that touch arithmetic libraries, for the record; those refused are not among them."""
     return {

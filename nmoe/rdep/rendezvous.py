@@ -100,7 +100,7 @@ def meet(
                 "N0805",
                 f"rank {rank} cannot meet rank {missing}{why}",
                 place="rendezvous of the ranks of a node",
-                help=f"look at what rank {missing} wrote; all ranks of a node start on one machine, in one network namespace",
+                help=f"look at what rank {missing} wrote; a node's ranks share one machine and one network namespace",
             ) from error
         raise
     return peers

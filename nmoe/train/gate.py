@@ -5,6 +5,10 @@ Two runs of one plan, every attempt in a fresh process:
     straight   N steps
     killed     kill -9 in the middle of each step S, each time continued by a new process, to N steps
 
+With --ranks R the killed run is one of R ranks. One of them is killed, another each time, the others have
+to end by themselves, and R new ones continue; the straight run stays one of one rank, so that the comparison
+proves both.
+
 The killed run saves at a cadence that divides no S and differs from the straight run's, so that each
 continuation starts some steps back and repeats them. Then everything that can be compared is:
 for every step the loss at full digits and the digest of the batch; at the end every tensor of the
@@ -22,10 +26,12 @@ from typing import Any
 import attrs
 
 from nmoe.checkpoint import reader
-from nmoe.errors import ConfigError, Diagnostic, fail
+from nmoe.errors import ConfigError, Diagnostic
 from nmoe.metrics.reader import read_rows
 from nmoe.plan.plan import Plan
 from nmoe.train.drill import PHASES
+from nmoe.train.launch import require_ranks
+from nmoe.train.launcher import END_S, launch, otherwise
 from nmoe.train.loop import require_runnable
 
 OWN_KEYS = ("run_dir", "metrics_dir", "metrics_every", "checkpoint_every", "stop_after_step")
@@ -43,6 +49,7 @@ class GateResult:
     fingerprint: str
     state_digest: str
     compared: dict[str, int]
+    ranks: int
 
     def to_json(self) -> dict[str, Any]:
         return attrs.asdict(self)
@@ -68,14 +75,15 @@ def cadences(steps: int, kills: Sequence[int]) -> tuple[int, int]:
 
 def run_gate(
     plan: Plan, config: str, sets: Sequence[str], *, steps: int, kills: Sequence[int], directory: Path,
-    say: Callable[[str], None],
+    say: Callable[[str], None], ranks: int = 1,
 ) -> GateResult:
-    """Run both trainings below `directory` and compare them.
+    """Run both trainings below `directory` and compare them. ranks: of the killed one.
 
     Raises ConfigError if what is asked for does not fit the plan, RunError N0511 if an attempt ends
     in another way than it should.
     """
     require_runnable(plan)
+    require_ranks(plan, ranks, ranks)
     _check(plan, sets, steps, kills, directory)
     straight_every, killed_every = cadences(steps, kills)
     common = [
@@ -93,18 +101,28 @@ def run_gate(
 
     say(f"straight: {steps} steps, saving every {straight_every}")
     _attempt([sys.executable, "-m", "nmoe", "train", *arguments("straight", straight_every)], directory, expect=0)
-    points = kill_points(sorted(kills))
-    for point in points:
-        say(f"killed:   SIGKILL at step {point.replace(':', ', ')}, saving every {killed_every}")
+    points, end_s = kill_points(sorted(kills)), plan.config.output.rank_timeout + END_S
+    for index, point in enumerate(points):
+        victim = index % ranks
+        who = f" in rank {victim} of {ranks}" if ranks > 1 else ""
+        say(f"killed:   SIGKILL at step {point.replace(':', ', ')}{who}, saving every {killed_every}")
         command = [sys.executable, "-m", "nmoe.train.drill", *arguments("killed", killed_every), "--kill", point]
-        _attempt(command, directory, expect=-signal.SIGKILL)
-    say(f"killed:   continuing to step {steps}")
-    _attempt([sys.executable, "-m", "nmoe", "train", *arguments("killed", killed_every)], directory, expect=0)
+        if ranks == 1:
+            _attempt(command, directory, expect=-signal.SIGKILL)
+        else:
+            expected = [-signal.SIGKILL if rank == victim else 1 for rank in range(ranks)]
+            launch([*command, "--rank", str(victim)], directory, expected, end_s=end_s)
+    say(f"killed:   continuing to step {steps}" + (f" with {ranks} ranks" if ranks > 1 else ""))
+    command = [sys.executable, "-m", "nmoe", "train", *arguments("killed", killed_every)]
+    if ranks == 1:
+        _attempt(command, directory, expect=0)
+    else:
+        launch(command, directory, [0] * ranks, end_s=end_s)
 
     difference, compared, digest = compare(directory, "straight", "killed", steps)
     return GateResult(
         identical=not difference, first_difference=difference, steps=steps, kills=tuple(points),
-        fingerprint=plan.fingerprint, state_digest=digest, compared=compared,
+        fingerprint=plan.fingerprint, state_digest=digest, compared=compared, ranks=ranks,
     )
 
 
@@ -150,10 +168,7 @@ def _attempt(command: list[str], directory: Path, *, expect: int) -> None:
         log = directory / "attempt.log"
         log.write_text(done.stdout + done.stderr)
         tail = tuple((done.stderr or done.stdout).strip().splitlines()[-12:])
-        raise fail(
-            "N0511", f"an attempt ended with status {done.returncode}, not {expect}",
-            place=json.dumps(command), help=f"read its whole output in {log}", notes=tail,
-        )
+        raise otherwise(f"ended with status {done.returncode}, not {expect}", command, log, tail)
 
 
 def _check(plan: Plan, sets: Sequence[str], steps: int, kills: Sequence[int], directory: Path) -> None:

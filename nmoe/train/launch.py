@@ -54,9 +54,8 @@ class Launch:
             self.control.abort(error)
 
 
-def require_ranks(plan: Plan, process: platform.Process) -> None:
+def require_ranks(plan: Plan, ranks: int, per_node: int) -> None:
     """ConfigError N0601 or N0119 if the plan cannot be trained by these ranks."""
-    ranks, per_node = process.world_size, process.local_world_size
     if ranks != per_node:
         raise ConfigError(
             Diagnostic(

@@ -45,7 +45,7 @@ def train(
     """
     process = platform.process()
     require_runnable(plan)
-    require_ranks(plan, process)
+    require_ranks(plan, process.world_size, process.local_world_size)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     with ExitStack() as stack:
         stack.enter_context(_named(process))

@@ -1,4 +1,4 @@
-"""What is odd about a training's batches, or wrong with its arithmetic, on all its ranks alike; no error tells of it."""
+"""What is odd about a training's batches, or wrong with its arithmetic, on all ranks alike; no error tells of it."""
 
 import itertools
 

@@ -30,7 +30,7 @@ LATE = "did not come to"
 
 @attrs.frozen
 class Drill:
-    """fault: as `tests.train.faults`. who: the rank. cause: what all say of it. kind: of the store, as `work.training`."""
+    """fault: as `tests.train.faults`. who: the rank. cause: what all say of it. kind: as `tests.train.work`."""
 
     fault: str
     who: int

@@ -93,7 +93,7 @@ class Launches:
         return reader.require_head(self.path(name) / "checkpoints").state_digest
 
     def left(self, name: str) -> list[tuple]:
-        """All rows of the run's ledger that are the training's, and its state: equal for equal trainings, bit for bit."""
+        """All rows of the ledger that are the training's, and its state: equal for equal trainings, bit for bit."""
         rows = [
             (row.step, row.tokens_seen, row.name, row.layer, row.expert, row.label,
              None if row.value is None else row.value.hex())
