@@ -42,6 +42,23 @@ def test_a_killed_run_is_identical(tmp_path, capfd):
     assert 3 not in [event["step"] for event in events if event["event"] == "saving"]
 
 
+def test_a_killed_rank_ends_the_others_and_all_are_the_run_of_one(tmp_path, capfd):
+    """Two ranks, of which rank 0 is killed; then two new ones continue, to what one rank has computed."""
+    arguments = ["gate", TINY, "--steps", "3", "--kill", "3", "--ranks", "2", "--directory", str(tmp_path / "gate")]
+    assert nmoe(arguments) == 0
+    captured = capfd.readouterr()
+    assert "identical: 3 steps, 1 kills of one of 2 ranks, " in captured.out
+    assert "SIGKILL at step 3, forward in rank 0 of 2" in captured.err
+    events = [json.loads(line) for line in (tmp_path / "gate" / "killed" / "events.jsonl").read_text().splitlines()]
+    kinds = [event["event"] for event in events]
+    assert [kind for kind in kinds if kind in ("start", "takeover")] == ["start", "start", "takeover"]
+
+
+def test_ranks_that_do_not_fit_the_plan_are_refused(capfd):
+    assert nmoe(["gate", TINY, "--steps", "3", "--kill", "3", "--ranks", "3"]) == 2
+    assert "3 ranks do not divide the step's 2 microbatches" in capfd.readouterr().err
+
+
 class Killed(BaseException):
     """Stands for the kill where an attempt runs in this process."""
 

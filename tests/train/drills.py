@@ -172,7 +172,7 @@ def main(wanted: list[str]) -> None:
             name = f"{drill.name}, torchrun"
             errors = ground.launches.errors(f"{name}/run")
             named = [rank for rank, one in errors.items() if drill.cause[:9] in json.dumps(one)]
-            wrong = [] if drill.cause.partition(" [")[0] in output else ["the cause is nowhere to be read"]
+            wrong = [] if drill.cause.partition(" [")[0] in output else [f"the cause is nowhere to be read: {output}"]
             _row(ground, drill.name, name, "torchrun", seconds, f"launcher: {code}", sorted(named), wrong)
         server.close()
 
