@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from nmoe.errors import RunError, fail
-from nmoe.rdep.signals import Failure, describe
+from nmoe.errors import Diagnostic, RunError, fail
+from nmoe.rdep.signals import Failure, PeerFailed, describe
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -222,18 +222,22 @@ class Control:
                     signs[peer], heard[peer] = found, now
             late = [peer for peer in missing if now - heard[peer] > self.timeout_s]
             if late:
-                self._publish(key, Failure(late[0], f"did not come to `{what}` within {self.timeout_s:g} s"))
-                raise self._late(what, late)
+                first = Failure(late[0], f"did not come to `{what}` within {self.timeout_s:g} s")
+                self._publish(key, first)
+                raise PeerFailed(self._late(what, late), first)
         self._look_for_failure(what, key)
 
     def _look_for_failure(self, what: str, key: str) -> None:
         if self._ask("check", [f"{key}/failure"]):
             rank, text = json.loads(self._ask("get", f"{key}/failure"))
-            raise fail(
-                "N0811",
-                f"rank {rank} failed first: {text}",
-                place=f"rank {self.rank} at `{what}`",
-                help=f"look at what rank {rank} wrote",
+            raise PeerFailed(
+                Diagnostic(
+                    code="N0811",
+                    message=f"rank {rank} failed first: {text}",
+                    place=f"rank {self.rank} at `{what}`",
+                    help=f"look at what rank {rank} wrote",
+                ),
+                Failure(rank, text),
             )
 
     def _stopped_waiting(self) -> RunError:
@@ -244,10 +248,10 @@ class Control:
             help="look at the failure that is named",
         )
 
-    def _late(self, what: str, late: list[int]) -> RunError:
-        return fail(
-            "N0812",
-            f"{_names(late)} did not come to `{what}` within {self.timeout_s:g} s",
+    def _late(self, what: str, late: list[int]) -> Diagnostic:
+        return Diagnostic(
+            code="N0812",
+            message=f"{_names(late)} did not come to `{what}` within {self.timeout_s:g} s",
             place=f"rank {self.rank} at `{what}`",
             help="see whether it is stopped, or has ended, and what it wrote",
         )

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from nmoe.errors import NmoeError, RunError, fail
+from nmoe.errors import Diagnostic, NmoeError, RunError, fail
 
 PHASES = ("counts", "rows", "outputs", "output gradients", "input gradients")
 """Of the expert transport, in each layer."""
@@ -62,6 +62,14 @@ class Failure:
 
     rank: int
     text: str
+
+
+class PeerFailed(RunError):
+    """A failure whose cause is another rank's. first: that one."""
+
+    def __init__(self, diagnostic: Diagnostic, first: Failure) -> None:
+        super().__init__(diagnostic)
+        self.first = first
 
 
 class Signals:
@@ -143,6 +151,8 @@ class Signals:
             self.has_told = True
             where = f"\nin {self.here}" if self.here.number else ""
             first = self.failure or Failure(self.rank, describe(error) + where)
+            if isinstance(error, PeerFailed):
+                first = error.first
             text = first.text.encode(errors="replace")[:TEXT_BYTES]
             self._say(HEAD.pack(FAILED, 0, first.rank, self.here.number) + text)
 
@@ -224,8 +234,9 @@ class Signals:
 
 
 def describe(error: BaseException) -> str:
-    """An exception as its peers are told: the first line is what happened."""
+    """An exception as its peers are told: the first line is what happened, and where."""
     if isinstance(error, NmoeError):
         first = error.diagnostics[0]
-        return f"{first.message} [{first.code}]"
+        where = f" at {first.place}" if first.place and first.place not in first.message else ""
+        return f"{first.message} [{first.code}]{where}"
     return f"{type(error).__name__}: {error}"
