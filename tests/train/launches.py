@@ -31,8 +31,8 @@ CONFIGS: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "softmax router, balance and z losses": ((*FOUR, *SOFTMAX), (2, 4), ""),
     "two microbatches of two sequences": ((), (2,), ""),
     "softmax router, balance and z losses, on 3 and 6 ranks": ((*SIX, *SOFTMAX), (3, 6), ""),
-    "documents apart, whole layers computed again": (
-        (*FOUR, "batch.document_mask=true", 'output.recompute="layer"'), (2, 4), "",
+    "documents not apart, whole layers computed again": (
+        (*FOUR, "batch.document_mask=false", 'output.recompute="layer"'), (2, 4), "",
     ),
     "attention computed again": ((*FOUR, 'output.recompute="attention"'), (4,), ""),
     "untied table, fp32": ((*FOUR, *FP32, "model.tie_embeddings=false"), (2, 4), ""),
