@@ -3,6 +3,7 @@
 import itertools
 
 import attrs
+import torch
 
 from nmoe.data.loader import Loader
 from nmoe.optim.reduction import Reduction
@@ -34,6 +35,19 @@ def cancelling() -> None:
         return run(graph, *given, **more)
 
     Loader.batch, step.linear_cross_entropy, attempt.run_step = batch, weighted, run_step
+
+
+def short_documents() -> None:
+    """Documents of a few tokens each, of another length in each row; the text's own are longer than these trainings."""
+    make = Loader.batch
+
+    def batch(self, number):
+        made = make(self, number)
+        for row, ids_S in enumerate(made.document_ids_BS):
+            ids_S.copy_(torch.arange(len(ids_S)) // (3 + row))
+        return made
+
+    Loader.batch = batch
 
 
 def other_order() -> None:
@@ -68,4 +82,7 @@ def other_microbatch() -> None:
     attempt.run_step = run_step
 
 
-ODD = {"cancelling": cancelling, "other order": other_order, "other microbatch": other_microbatch}
+ODD = {
+    "cancelling": cancelling, "short documents": short_documents,
+    "other order": other_order, "other microbatch": other_microbatch,
+}  # fmt: skip

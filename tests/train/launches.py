@@ -31,9 +31,8 @@ CONFIGS: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]] = {
     "softmax router, balance and z losses": ((*FOUR, *SOFTMAX), (2, 4), ""),
     "two microbatches of two sequences": ((), (2,), ""),
     "softmax router, balance and z losses, on 3 and 6 ranks": ((*SIX, *SOFTMAX), (3, 6), ""),
-    "documents not apart, whole layers computed again": (
-        (*FOUR, "batch.document_mask=false", 'output.recompute="layer"'), (2, 4), "",
-    ),
+    "short documents, whole layers computed again": ((*FOUR, 'output.recompute="layer"'), (2, 4), "short documents"),
+    "short documents, not apart": ((*FOUR, "batch.document_mask=false"), (2,), "short documents"),
     "attention computed again": ((*FOUR, 'output.recompute="attention"'), (4,), ""),
     "untied table, fp32": ((*FOUR, *FP32, "model.tie_embeddings=false"), (2, 4), ""),
     "microbatches that cancel": ((*FOUR, *FP32), (2, 4), "cancelling"),

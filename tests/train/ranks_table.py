@@ -18,7 +18,7 @@ def main(wanted: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="nmoe-ranks-") as directory:
         (Path(directory) / "ranks").mkdir()
         launches = Launches(Path(directory), Ranks(Path(directory) / "ranks", "tests.train.work"))
-        print(f"{'config':62} {'ranks':9} {'rows':>5}  state digest")
+        print(f"{'config':62} {'ranks':11} {'rows':>5}  state digest")
         for name, (keys, numbers, odd) in CONFIGS.items():
             if wanted and name not in wanted:
                 continue

@@ -8,7 +8,7 @@ STEPS = ("output.stop_after_step=3", "eval.bpb.every_tokens=128", "eval.bpb.max_
 SAMPLE = (
     "tiny: bf16 states, muon for matrices and experts, sigmoid",
     "softmax router, balance and z losses, on 3 and 6 ranks",
-    "documents not apart, whole layers computed again",
+    "short documents, whole layers computed again",
     "microbatches that cancel",
     DENSE,
 )
