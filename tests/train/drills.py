@@ -26,6 +26,8 @@ KEYS = (*FOUR, "output.checkpoint_every=2", "eval.bpb.every_tokens=384")
 ON_FIRE, KILLED = "OnFire: the rank is on fire", "ended without a word: it was killed, or crashed outside Python"
 FULL, SHORT = "no space left on device (ENOSPC) [N0301]", "can't allocate memory"
 LATE = "did not come to"
+SHORT_WAIT = ("output.rank_timeout=15",)
+"""Where somebody is waited for in vain; long enough for a start on a busy machine."""
 
 
 @attrs.frozen
@@ -153,7 +155,7 @@ def main(wanted: list[str]) -> None:
         for drill in DRILLS:
             if wanted and drill.name not in wanted:
                 continue
-            patience = () if drill.name == "SIGSTOP@forward, rank 1" else ("output.rank_timeout=5",)
+            patience = SHORT_WAIT if drill.cause == LATE and drill.name != "SIGSTOP@forward, rank 1" else ()
             started = time.monotonic()
             launch = ground.hold(drill, *patience)
             seconds = time.monotonic() - started
@@ -168,7 +170,7 @@ def main(wanted: list[str]) -> None:
         for drill in AGENT:
             if wanted and drill.name not in wanted:
                 continue
-            code, seconds, output = under_torchrun(ground, drill, "output.rank_timeout=5")
+            code, seconds, output = under_torchrun(ground, drill, *(SHORT_WAIT if drill.cause == LATE else ()))
             name = f"{drill.name}, torchrun"
             errors = ground.launches.errors(f"{name}/run")
             named = [rank for rank, one in errors.items() if drill.cause[:9] in json.dumps(one)]

@@ -11,7 +11,7 @@ from nmoe.data.prepare import Request, prepare
 from nmoe.data.tokenizer import BytesTokenizer
 from nmoe.train import run_lock
 from nmoe.train.run_dir import events
-from tests.train.drills import DRILLS, LATE, Ground, faults_of
+from tests.train.drills import DRILLS, LATE, SHORT_WAIT, Ground, faults_of
 from tests.train.launches import FOUR
 
 SAMPLE = (
@@ -33,7 +33,7 @@ def ground(module_launches):
 @pytest.mark.parametrize("name", SAMPLE)
 def test_all_end_and_name_the_first_cause(ground, name):
     (drill,) = (one for one in DRILLS if one.name == name)
-    launch = ground.hold(drill, *(["output.rank_timeout=3"] if drill.cause == LATE else []))
+    launch = ground.hold(drill, *(SHORT_WAIT if drill.cause == LATE else ()))
     assert list(faults_of(drill, launch, ground.launches.errors(f"{name}/run"))) == []
     assert ground.whole(name)
     assert ground.go_on(name) == ground.digest
