@@ -56,7 +56,7 @@ def reducing(*, rank, ranks, store, microbatches, dtype):
     with Node(
         store=store, rank=rank, ranks=ranks, regions=reduction.regions(dealt, 9), sizes="a test's", timeout_s=100.0
     ) as node:
-        sums = reduction.Reduction(node=node, parameters=parameters, shares=dealt, owned=owned)
+        sums = reduction.Reduction(node=node, host=node, parameters=parameters, shares=dealt, owned=owned)
         for step in range(STEPS):
             sums.clear()
             for microbatch in range(rank, microbatches, ranks):
