@@ -12,6 +12,7 @@ import torch
 from nmoe import platform
 from nmoe.data.loader import Loader
 from nmoe.errors import fail
+from nmoe.experts.grouped import Apart, GroupedExperts
 from nmoe.model.block import Block
 from nmoe.model.init import initialize
 from nmoe.model.router import Router
@@ -90,9 +91,12 @@ class TrainingGraph:
 
 
 def transport_sizes(plan: Plan, ranks: int) -> Sizes | None:
-    """What the expert transport's buffers are for: the largest microbatch, of training or evaluation."""
+    """What the expert transport's buffers are for: the largest microbatch, of training or evaluation.
+
+    ranks: of a node. None where no token leaves its rank.
+    """
     config = plan.config
-    if config.model.moe is None:
+    if config.model.moe is None or ranks == 1:
         return None
     sequences = config.batch.microbatch
     if config.eval.bpb is not None:
@@ -107,19 +111,19 @@ def transport_sizes(plan: Plan, ranks: int) -> Sizes | None:
     )
 
 
-def regions_of(plan: Plan, ranks: int, *, values: int) -> tuple[Regions, Regions]:
+def regions_of(plan: Plan, ranks: int, ranks_per_node: int, *, values: int) -> tuple[Regions, Regions]:
     """The memory that each rank of a node shares with the others: the processes', and the GPUs', if it has any.
 
     values: as `reduction.regions`.
     """
-    sizes = transport_sizes(plan, ranks)
-    alike = [share for share in shares_of(plan.config, ranks, ranks) if not is_expert(share.name)]
-    summed = reduction.regions(alike, values)
+    sizes = transport_sizes(plan, ranks_per_node)
+    alike = [share for share in shares_of(plan.config, ranks, ranks_per_node) if not is_expert(share.name)]
+    summed = reduction.regions(alike, values, ranks // ranks_per_node)
     if plan.config.platform.target == "cpu":
         return {**({} if sizes is None else sizes.regions()), **summed}, {}
     from nmoe.rdep.cuda import regions
 
-    told = {"values_2X": summed.pop("values_2X")}
+    told = {"values_2GX": summed.pop("values_2GX")}
     return told, {**({} if sizes is None else regions(sizes)), **summed}
 
 
@@ -132,10 +136,11 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
     """
     config = plan.config
     device = platform.device(config.platform.target)
-    rank, ranks = (0, 1) if peers is None else (peers.rank, peers.ranks)
+    rank, ranks = (0, 1) if peers is None else (peers.nodes.rank, peers.nodes.ranks)
+    local_rank, per_node = (0, 1) if peers is None else (peers.host.rank, peers.host.ranks)
     with device:
         node = None if peers is None else peers.device
-        transport = config.transport.build(node=node, sizes=transport_sizes(plan, ranks))
+        transport = config.transport.build(node=node, sizes=transport_sizes(plan, per_node))
         model = config.model.build(transport=transport, recompute=config.output.recompute)
     shapes = list(config.model.parameters())
     initialize(
@@ -144,14 +149,15 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
         seed=config.random.seed,
         init_std=config.model.init_std,
         residual_init_scale=config.model.residual_init_scale,
-        rank=rank,
-        ranks=ranks,
+        rank=local_rank,
+        ranks=per_node,
     )
 
-    shares = shares_of(plan.config, ranks, ranks)
+    shares = shares_of(plan.config, ranks, per_node)
     tensors = dict(model.named_parameters())
-    owned = tensors if peers is None else shards(tensors, [share for share in shares if share.rank == rank])
-    places = {share.name: (share.start, share.shape) for share in shares if share.rank == rank}
+    mine = [share for share in shares if share.rank == rank]
+    owned = tensors if peers is None else shards(tensors, mine, local_rank)
+    places = {share.name: (share.start, share.shape) for share in mine}
     rounding = Rounding(config.random.seed)
     names: dict[str, list[str]] = {name: [] for name in config.optimizer.groups()}
     for parameter in shapes:
@@ -168,12 +174,18 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
     ]
     together: Alone | Reduction = Alone()
     if peers is not None:
+        apart = keep_apart(model, per_node) if peers.nodes.count > 1 else {}
         together = Reduction(
+            nodes=peers.nodes,
             node=peers.device,
-            host=peers.host,
-            parameters={name: parameter for name, parameter in tensors.items() if not is_expert(name)},
-            shares=[share for share in shares if not is_expert(share.name)],
+            parameters={name: tensor for name, tensor in tensors.items() if not is_expert(name) or name in apart},
+            shares=[
+                share
+                for share in shares
+                if not is_expert(share.name) or (share.name in apart and share.rank % per_node == local_rank)
+            ],
             owned=owned,
+            apart=apart,
         )
 
     mixture = config.data.build(seed=config.random.seed, sequence_length=config.batch.sequence_length)
@@ -208,15 +220,32 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
     return graph
 
 
-def shards(tensors: dict[str, torch.nn.Parameter], shares: list[Share]) -> dict[str, torch.nn.Parameter]:
-    """Shares of parameters as parameters of their own that share their memory; experts are here as they are kept."""
+def keep_apart(model: Transformer, microbatches: int) -> dict[str, Apart]:
+    """Have all experts keep the gradients of a pass's microbatches apart: by parameter, where."""
+    return {
+        f"{name}.{parameter}": apart
+        for name, module in model.named_modules()
+        if isinstance(module, GroupedExperts)
+        for parameter, apart in module.keep_apart(microbatches).items()
+    }
+
+
+def shards(
+    tensors: dict[str, torch.nn.Parameter], shares: list[Share], local_rank: int
+) -> dict[str, torch.nn.Parameter]:
+    """Shares of parameters as parameters of their own that share their memory; all of a tensor that is here as itself.
+
+    local_rank: whose experts are here.
+    """
     found = {}
     for share in shares:
         whole = tensors[share.name]
-        if is_expert(share.name):
+        first = local_rank * whole.numel() if is_expert(share.name) else 0
+        if is_expert(share.name) and share.stop - share.start == whole.numel():
             found[share.name] = whole
             continue
-        shard = torch.nn.Parameter(whole.detach().view(-1)[share.start : share.stop].view(share.local_shape))
+        piece = whole.detach().view(-1)[share.start - first : share.stop - first]
+        shard = torch.nn.Parameter(piece.view(share.local_shape))
         shard.grad_dtype = torch.float32
         found[share.name] = shard
     return found

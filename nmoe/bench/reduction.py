@@ -23,6 +23,7 @@ import torch.distributed as dist
 from nmoe import platform
 from nmoe.optim.reduction import Reduction, regions
 from nmoe.rdep.node import Node
+from nmoe.rdep.nodes import Nodes
 from nmoe.rdep.rendezvous import launch_store
 from nmoe.sharding import Tensor, deal
 from nmoe.slices import SLICE_BYTES
@@ -59,7 +60,10 @@ def main() -> None:
         store=store, rank=me.rank, ranks=me.world_size, regions=regions(shares, 1), sizes=str(shape),
         timeout_s=TIMEOUT_S,
     ) as node:  # fmt: skip
-        ranks = Reduction(node=node, host=node, parameters={"weight": weight}, shares=shares, owned={"weight": owned})
+        ranks = Reduction(
+            nodes=Nodes(node=node), node=node, parameters={"weight": weight}, shares=shares, owned={"weight": owned},
+            apart={},
+        )  # fmt: skip
 
         def ordered() -> None:
             ranks.clear()

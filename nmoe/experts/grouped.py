@@ -19,7 +19,8 @@ so no output row is stored for the router's gradient. Weight gradients are float
 computed on its own and added to `grad` in the order of the microbatches: one rank that takes them in
 passes, and many ranks that take them side by side, add the same numbers in the same order. Autograd can
 only add what a whole pass returns, so backward adds to `grad` itself and returns no gradient for the
-matrices.
+matrices. Where several nodes have the same experts, the microbatches before a node's are on other nodes: there
+each one's gradient is kept by itself, for whoever adds them all (`Apart`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,7 +39,10 @@ CHUNK_ROWS = 2048
 
 
 class GroupedSwiglu(torch.autograd.Function):
-    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport)`; backward adds to both `grad`."""
+    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport, apart)`.
+
+    apart: where backward keeps the gradients of both matrices; None: it adds them to both `grad`.
+    """
 
     @staticmethod
     def forward(
@@ -49,6 +53,7 @@ class GroupedSwiglu(torch.autograd.Function):
         w_down_LDF: Tensor,
         places: Layout,
         transport: Transport,
+        apart: "tuple[Apart, Apart] | None",
     ) -> Tensor:
         received = transport.dispatch(x_TD, weights_TK, places)
         x_UD, token_R = received.x_UD, received.token_R
@@ -62,7 +67,7 @@ class GroupedSwiglu(torch.autograd.Function):
             products(y_RD[chunk.rows], swiglu(pre, chunk.segments), down_FD, chunk)
         ctx.save_for_backward(*attrs.astuple(received, recurse=False), w_gate_up_L2FD, w_down_LDF, pre_R2F)
         ctx.matrices = w_gate_up_L2FD, w_down_LDF
-        ctx.places, ctx.transport = places, transport
+        ctx.places, ctx.transport, ctx.apart = places, transport, apart
         return combine(*transport.give_back(y_RD, received, places), weights_TK)
 
     @staticmethod
@@ -74,7 +79,7 @@ class GroupedSwiglu(torch.autograd.Function):
         d_weight_R = torch.empty_like(weight_R)
         dx_RD = x_UD.new_empty(token_R.numel(), x_UD.shape[1])
         gate_up_2FD, down_DF = w_gate_up_L2FD.flatten(1, 2).unbind(), w_down_LDF.unbind()
-        d_gate_up, d_down = (Gradient(matrix) for matrix in ctx.matrices)
+        d_gate_up, d_down = ctx.apart or tuple(Gradient(matrix) for matrix in ctx.matrices)
         for chunk in chunks(places.segments_LN):
             x_RD, dy_RD = (rows_UD.index_select(0, token_R[chunk.rows]) for rows_UD in (x_UD, dy_UD))
             d_act_RF = torch.empty(len(dy_RD), w_down_LDF.shape[2], dtype=torch.float32, device=x_UD.device)
@@ -88,7 +93,7 @@ class GroupedSwiglu(torch.autograd.Function):
         d_gate_up.store()
         d_down.store()
         rows, row_TK, d_weights_TK = transport.give_back_gradients(dx_RD, d_weight_R, received, places)
-        return combine(rows, row_TK, None), d_weights_TK, None, None, None, None
+        return combine(rows, row_TK, None), d_weights_TK, None, None, None, None, None
 
 
 @attrs.frozen(kw_only=True)
@@ -148,11 +153,39 @@ class Gradient:
         self.parameter.grad = self.grad
 
 
+class Apart:
+    """The float32 gradients of a matrix for each expert, of every microbatch of a pass by itself.
+
+    parts_M: (M, *shape of the parameter); each backward writes all of it. begins: whether microbatch 0 is the first
+    of the step. A microbatch without rows for an expert has -0, which changes nothing that it is added to, -0
+    included; the step's first has 0, as in `Gradient`.
+    """
+
+    def __init__(self, parameter: Tensor, microbatches: int) -> None:
+        shape = (microbatches, *parameter.shape)
+        self.parts_M = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+        self.begins = False
+        self.parts_MMN = [part.flatten(1, -2).unbind() for part in self.parts_M.unbind()]
+
+    def add(self, a_RM: Tensor, b_RN: Tensor, chunk: Chunk) -> None:
+        """part_e = a^T b over the rows of each segment."""
+        pieces = zip(chunk.owners, a_RM.split(chunk.segments), b_RN.split(chunk.segments), strict=True)
+        for (expert, microbatch), a, b in pieces:
+            part_MN = self.parts_MMN[microbatch][expert]
+            if len(a):
+                into(part_MN, a.t(), b)
+            else:
+                part_MN.fill_(0.0 if self.begins and microbatch == 0 else -0.0)
+
+    def store(self) -> None:
+        """All parts are whole; who adds them knows where they are."""
+
+
 class GroupedExperts(torch.nn.Module):
     """SwiGLU of the experts that one rank holds, on the rows that a layout gives each of them.
 
     num_experts: those held here, L. w_gate_up_E2FD: (L, 2, F, D), index 0 the gate, 1 up; w_down_EDF:
-    (L, D, F); both empty until initialised.
+    (L, D, F); both empty until initialised. apart: see `keep_apart`.
     """
 
     def __init__(self, *, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
@@ -160,16 +193,22 @@ class GroupedExperts(torch.nn.Module):
         self.num_experts = num_experts
         self.w_gate_up_E2FD = torch.nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.w_down_EDF = torch.nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
+        self.apart: tuple[Apart, Apart] | None = None
+
+    def keep_apart(self, microbatches: int) -> dict[str, Apart]:
+        """From now on backward leaves `grad` alone: where it keeps each microbatch's gradients, by parameter."""
+        self.apart = Apart(self.w_gate_up_E2FD, microbatches), Apart(self.w_down_EDF, microbatches)
+        return dict(zip(("w_gate_up_E2FD", "w_down_EDF"), self.apart, strict=True))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places, transport: AnyTransport) -> Tensor:
         """y_t = sum over k of w_tk * expert_{i_tk}(x_t), i the routing that the transport's `layout` gave places for.
 
         x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x and w. The
-        matrices' gradients are float32 and are added to `grad`, out of autograd's sight.
+        matrices' gradients are float32, and are added to `grad`, or kept apart, out of autograd's sight.
         """
         matrices = self.w_gate_up_E2FD, self.w_down_EDF
         if x_TD.device.type == "cpu":
-            y_TD: Tensor = GroupedSwiglu.apply(x_TD, weights_TK, *matrices, places, transport)
+            y_TD: Tensor = GroupedSwiglu.apply(x_TD, weights_TK, *matrices, places, transport, self.apart)
         else:
             from nmoe.experts.hopper import HopperSwiglu
 

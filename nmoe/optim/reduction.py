@@ -12,10 +12,16 @@ in the memory that the ranks of the node share: once for each pass, N - 1 of N p
 The shares lie in each rank's `gradients_P` one owner after the other, so that an owner's sum is over one run of
 elements. The same bytes then show the weights that the owners have updated. They may be written again once a
 phase has passed since they were read (`nmoe.rdep.signals`); where none has, one is put in.
+
+On G nodes of M ranks (`nmoe.rdep.nodes`) rank l of a node reads its node's M parts of what its counterparts, the
+rank l of every node, own, and sends them there; so an owner has G M parts, and adds them in the order of the
+ranks. Its experts' gradients are parts too: of the M microbatches of its node, kept apart (`nmoe.experts.grouped`).
+Updated weights and small values go to the counterparts first, and from each of them to its node.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,18 +29,23 @@ from torch import Tensor
 from nmoe.optim.norm import gradient
 from nmoe.rdep.memory import Region
 from nmoe.rdep.node import Node
+from nmoe.rdep.nodes import Nodes
 from nmoe.sharding import Share
 
 if TYPE_CHECKING:
+    from nmoe.experts.grouped import Apart
     from nmoe.rdep.cuda_node import CudaNode
 
+Piece: TypeAlias = tuple[str, slice]
+"""A run of elements: of a tensor of this rank's experts, by its name, or, without one, of `gradients_P`."""
 
-def regions(shares: Sequence[Share], values: int) -> dict[str, Region]:
+
+def regions(shares: Sequence[Share], values: int, nodes: int = 1) -> dict[str, Region]:
     """What a `Reduction` needs. shares: all ranks', without experts'. values: of one rank in one `gather`, at most."""
     _, places = in_places(shares)
     return {
         "gradients_P": (torch.float32, (places[-1].stop if places else 0,)),
-        "values_2X": (torch.float64, (2, 1 + values)),
+        "values_2GX": (torch.float64, (2, nodes, 1 + values)),
     }
 
 
@@ -81,65 +92,89 @@ class Alone:
 class Reduction:
     """One rank of several.
 
-    parameters: those that all ranks hold, by name, contiguous, of one dtype of at most four bytes. shares: who
-    owns what of them. owned: this rank's shares, by the names of their parameters, as parameters whose `grad` is
-    the sum. node: with the regions of `regions`. host: the same ranks' host processes, which is the node itself where
-    the arithmetic is on the CPU; it has the region of the values.
+    nodes: all ranks, by way of this node's host processes, which have the region of the values. node: with the other
+    regions of `regions`; the host processes again where the arithmetic is on the CPU. parameters: of this rank,
+    by name, contiguous, of one dtype of at most four bytes: those that all ranks hold, and, on several nodes, its
+    experts, whose gradients are in `apart`. shares: who owns what of them. owned: this rank's shares, by the
+    names of their parameters, as parameters whose `grad` is the sum.
     """
 
     def __init__(
         self,
         *,
+        nodes: Nodes,
         node: "Node | CudaNode",
-        host: Node,
         parameters: Mapping[str, torch.nn.Parameter],
         shares: Sequence[Share],
         owned: Mapping[str, torch.nn.Parameter],
+        apart: Mapping[str, "Apart"],
     ) -> None:
-        self.node, self.host, self.rank, self.ranks = node, host, node.rank, node.ranks
-        self.parameters, self.owned = dict(parameters), dict(owned)
-        self.shares, self.places = in_places(shares)
-        mine = [place for share, place in zip(self.shares, self.places, strict=True) if share.rank == node.rank]
-        self.mine = slice(mine[0].start, mine[-1].stop) if mine else slice(0, 0)
-        buffer_P = node.memory[node.rank]["gradients_P"]
-        self.sum_Q = torch.empty(self.mine.stop - self.mine.start, device=buffer_P.device)
-        self.is_empty = True
+        self.nodes, self.node, self.host, self.rank, self.ranks = nodes, node, nodes.node, nodes.rank, nodes.ranks
+        self.parameters, self.owned, self.apart = dict(parameters), dict(owned), dict(apart)
+        self.dtype = next(iter(self.parameters.values())).dtype
+        self.shares, self.places = in_places([share for share in shares if share.name not in apart])
+        self.expert_shares = [share for share in shares if share.name in apart]
+        self.first = {share.name: share.start for share in reversed(self.expert_shares)}
+        self.mine = self._pieces(self.rank)
+        device, per_node = node.memory[node.rank]["gradients_P"].device, node.ranks
+        self.sums = [torch.empty(piece.stop - piece.start, device=device) for _, piece in self.mine]
+        self.parts: list[list[Tensor]] = []
+        """What this rank adds, in the order of the ranks that have made it."""
+        self.sends, self.receives = {}, {}
+        self.weight_sends, self.weight_receives = {}, {}
+        for number in range(nodes.count):
+            theirs = self._pieces(number * per_node + self.node.rank)
+            here = [self._parts(member, theirs) for member in range(per_node)]
+            if number != nodes.number:
+                self.sends[number] = list(itertools.chain.from_iterable(here))
+                here = [[torch.empty_like(total) for total in self.sums] for _ in range(per_node)]
+                self.receives[number] = list(itertools.chain.from_iterable(here))
+                self.weight_sends[number] = [self._weight(piece) for piece in self.mine]
+                self.weight_receives[number] = [self._weight(piece) for piece in theirs]
+            self.parts += here
         self.read_in = 0
         self.parity = 0
+        self.clear()
 
     def clear(self) -> None:
         """Begin a new sum."""
-        self.is_empty = True
+        self._begin(True)
 
     def add(self) -> None:
         """A pass is over: every rank's `grad` of the parameters is its microbatch's, and is None afterwards."""
         self._wait_until_read()
-        mine_P = self.node.memory[self.rank]["gradients_P"]
-        gradients = {name: gradient(name, parameter).view(-1) for name, parameter in self.parameters.items()}
+        mine_P = self.node.memory[self.node.rank]["gradients_P"]
+        alike = {name: parameter for name, parameter in self.parameters.items() if name not in self.apart}
+        gradients = {name: gradient(name, parameter).view(-1) for name, parameter in alike.items()}
         copy(
             [
                 (mine_P[place], gradients[share.name][share.start : share.stop])
                 for share, place in zip(self.shares, self.places, strict=True)
             ]
         )
-        for parameter in self.parameters.values():
+        for parameter in alike.values():
             parameter.grad = None
         self.node.meet("gradients")
-        for memory in self.node.memory:
-            part_Q = memory["gradients_P"][self.mine]
-            if self.is_empty:
-                self.sum_Q.copy_(part_Q)
-            else:
-                self.sum_Q.add_(part_Q)
-            self.is_empty = False
+        self.nodes.exchange(self.sends, self.receives)
+        for number, parts in enumerate(self.parts):
+            for total, part in zip(self.sums, parts, strict=True):
+                if self.begins and number == 0:
+                    total.copy_(part)
+                else:
+                    total.add_(part)
+        self._begin(False)
         self.read_in = self.node.phase
 
     def deliver(self) -> None:
         """The sums of all passes become the `grad` of this rank's shares."""
-        for share, place in zip(self.shares, self.places, strict=True):
-            if share.rank == self.rank:
-                owned = self.owned[share.name]
-                owned.grad = self.sum_Q[place.start - self.mine.start : place.stop - self.mine.start].view(owned.shape)
+        for (expert, piece), total in zip(self.mine, self.sums, strict=True):
+            if expert:
+                self.owned[expert].grad = total.view(self.owned[expert].shape)
+                continue
+            for share, place in zip(self.shares, self.places, strict=True):
+                if share.rank == self.rank:
+                    owned = self.owned[share.name]
+                    owned.grad = total[place.start - piece.start : place.stop - piece.start].view(owned.shape)
 
     @torch.no_grad()
     def share(self) -> None:
@@ -148,9 +183,10 @@ class Reduction:
         mine: list[tuple[Tensor, Tensor]] = []
         others: list[tuple[Tensor, Tensor]] = []
         for share, place in zip(self.shares, self.places, strict=True):
-            pair = self._copy(share), self._weights(share)[place]
+            pair = self._copy(share), self._weight(("", place), share.rank % self.node.ranks)
             (mine if share.rank == self.rank else others).append(pair)
         copy([(shown, weight) for weight, shown in mine])
+        self.nodes.exchange(self.weight_sends, self.weight_receives)
         self.node.meet("weights")
         copy(others)
         self.read_in = self.node.phase
@@ -160,12 +196,16 @@ class Reduction:
         if not isinstance(self.node, Node):
             self.node.late.check()
         self.parity ^= 1
-        board_X = self.host.memory[self.rank]["values_2X"][self.parity]
+        boards = [memory["values_2GX"][self.parity] for memory in self.host.memory]
+        mine_GX = boards[self.host.rank]
+        board_X = mine_GX[self.nodes.number]
         board_X[0] = mine_X.numel()
         board_X[1 : 1 + mine_X.numel()].copy_(mine_X)
+        others = self.nodes.others
+        self.nodes.exchange({one: [board_X] for one in others}, {one: [mine_GX[one]] for one in others})
         self.host.meet("values")
-        boards = [memory["values_2X"][self.parity] for memory in self.host.memory]
-        return [board_X[1 : 1 + int(board_X[0])].clone() for board_X in boards]
+        found = [board_GX[number] for number in range(self.nodes.count) for board_GX in boards]
+        return [board_X[1 : 1 + int(board_X[0])].clone() for board_X in found]
 
     def gather_rows(self, mine_X: Tensor) -> Tensor:
         """(N, X): every rank's float32 vector of X elements, on the device; X the same on all."""
@@ -173,18 +213,44 @@ class Reduction:
             return torch.stack(self.gather(mine_X)).float()
         return self.node.gather(mine_X)
 
+    def _begin(self, begins: bool) -> None:
+        self.begins = begins
+        for one in self.apart.values():
+            one.begins = begins and self.nodes.number == 0
+
     def _wait_until_read(self) -> None:
         """All have come to a phase behind the one that showed this rank's gradients or weights: they have been read."""
         if self.node.phase == self.read_in:
             self.node.meet("values")
 
+    def _pieces(self, rank: int) -> list[Piece]:
+        """What a rank owns: one run of what all ranks hold, and of each expert tensor one."""
+        run = [place for share, place in zip(self.shares, self.places, strict=True) if share.rank == rank]
+        of_experts = [
+            (share.name, slice(share.start - self.first[share.name], share.stop - self.first[share.name]))
+            for share in self.expert_shares
+            if share.rank == rank
+        ]
+        return [*([("", slice(run[0].start, run[-1].stop))] if run else []), *of_experts]
+
+    def _parts(self, member: int, pieces: Sequence[Piece]) -> list[Tensor]:
+        """What a rank of this node has of some pieces: float32 gradients of its microbatch."""
+        shown_P = self.node.memory[member]["gradients_P"]
+        return [
+            self.apart[expert].parts_M[member].view(-1)[place] if expert else shown_P[place] for expert, place in pieces
+        ]
+
     def _copy(self, share: Share) -> Tensor:
         """This rank's copy of a share of the weights."""
         return self.parameters[share.name].detach().view(-1)[share.start : share.stop]
 
-    def _weights(self, share: Share) -> Tensor:
-        """The memory of a share's owner, as weights."""
-        return self.node.memory[share.rank]["gradients_P"].view(self.parameters[share.name].dtype)
+    def _weight(self, piece: Piece, member: int | None = None) -> Tensor:
+        """The weights of a piece: in the memory of a rank of this node (None: this one), experts' where they are."""
+        expert, place = piece
+        if expert:
+            return self.parameters[expert].detach().view(-1)[place]
+        memory = self.node.memory[self.node.rank if member is None else member]
+        return memory["gradients_P"].view(self.dtype)[place]
 
 
 def copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

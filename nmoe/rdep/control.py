@@ -3,7 +3,8 @@
 All ranks run the same list of rounds. In a round each rank gives one value, or says what went wrong with it,
 and leaves when it has everybody's. The first failure of a round is raised on all ranks, with its rank; a
 rank that neither comes nor shows that it is at work is named too. Rounds are for starts, saves and ends:
-what ranks say to each other in a step goes by nmoe.rdep.signals.
+what ranks say to each other in a step goes by nmoe.rdep.signals. A rank that ends by a failure, wherever it was,
+reports the first cause that it knows; the first report is everybody's, and ends the rounds of the others.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ LOOK_S = 0.02  # between two looks at the store
 SLICE_S = 0.25  # between two looks at what can end a wait for its answer
 SIGN_S = 1.0  # between two signs of work
 LEAVE_S = 5.0
+REPORT = "control/report"  # the key of the first failure that was reported
 GIVEN_UP = "N0815"
 PIECE_BYTES = 1 << 20  # a TCPStore drops the connection of who sends 8 MiB at once
 
@@ -53,7 +55,7 @@ class Control:
         if (store is None) != (ranks == 1) or not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks} {'without' if store is None else 'with'} a store")
         self.rank, self.ranks, self.timeout_s = rank, ranks, timeout_s
-        self._store, self._look = store, look
+        self._store, self.look = store, look
         self._prefix = "control"
         self._clones = 0
         self._round = 0
@@ -133,6 +135,21 @@ class Control:
         """What `work` returns on rank 0, which alone does it, on all ranks; where it raises, all ranks do."""
         return self.together(what, lambda: work() if self.rank == 0 else None)[0]
 
+    def report(self, failure: Failure) -> None:
+        """Name the first cause that this rank knows, before it ends; raises nothing."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError, TimeoutError, RunError):
+                told = json.dumps([failure.rank, failure.text])
+                self._ask("compare_set", REPORT, "", told, within_s=LEAVE_S)
+
+    def first_failure(self) -> Failure | None:
+        """What was reported first, if anything was; None too if the store does not answer."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError, TimeoutError, RunError):
+                if self._ask("check", [REPORT], within_s=LEAVE_S):
+                    return Failure(*json.loads(self._ask("get", REPORT, within_s=LEAVE_S)))
+        return None
+
     def alive(self) -> None:
         """A sign that this rank is at work, for those that wait for it; to be given often, as long work goes on.
 
@@ -159,20 +176,22 @@ class Control:
         if self._store is None:
             return
         with contextlib.suppress(RuntimeError, TimeoutError, RunError):
-            self._ask("set", f"{self._prefix}/left/{self.rank}", "")
+            self._ask("set", f"{self._prefix}/left/{self.rank}", "", within_s=LEAVE_S)
             left = [f"{self._prefix}/left/{peer}" for peer in range(self.ranks)]
             deadline = time.monotonic() + LEAVE_S
-            while self.rank == 0 and not self._ask("check", left) and time.monotonic() < deadline:
+            while self.rank == 0 and not self._ask("check", left, within_s=LEAVE_S) and time.monotonic() < deadline:
                 time.sleep(LOOK_S)
 
-    def _ask(self, call: str, *arguments: Any) -> Any:
+    def _ask(self, call: str, *arguments: Any, within_s: float | None = None) -> Any:
         """A call of the store. A server that has been stopped never answers, and then nothing ends the call itself.
 
-        TimeoutError if there is no answer in time, RunError N0815 if this process has given up.
+        within_s: for its answer; None: as long as for a rank. TimeoutError if there is none in time, RunError N0815
+        if this process has given up.
         """
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._calls.put((call, arguments, answers))
-        deadline = time.monotonic() + self.timeout_s
+        within_s = self.timeout_s if within_s is None else within_s
+        deadline = time.monotonic() + within_s
         while True:
             try:
                 answer = answers.get(timeout=SLICE_S)
@@ -180,7 +199,7 @@ class Control:
                 if self._given_up.cause:
                     raise self._stopped_waiting() from None
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"it has not answered within {self.timeout_s:g} s") from None
+                    raise TimeoutError(f"it has not answered within {within_s:g} s") from None
                 continue
             if isinstance(answer, BaseException):
                 raise answer
@@ -212,7 +231,7 @@ class Control:
             # The store's own wait writes two lines of its own to stderr whenever its time is up.
             if self._given_up.at_all.wait(LOOK_S):
                 raise self._stopped_waiting()
-            self._look()
+            self.look()
             self._look_for_failure(what, key)
             now = time.monotonic()
             for peer in missing:
@@ -228,17 +247,18 @@ class Control:
         self._look_for_failure(what, key)
 
     def _look_for_failure(self, what: str, key: str) -> None:
-        if self._ask("check", [f"{key}/failure"]):
-            rank, text = json.loads(self._ask("get", f"{key}/failure"))
-            raise PeerFailed(
-                Diagnostic(
-                    code="N0811",
-                    message=f"rank {rank} failed first: {text}",
-                    place=f"rank {self.rank} at `{what}`",
-                    help=f"look at what rank {rank} wrote",
-                ),
-                Failure(rank, text),
-            )
+        for told in (f"{key}/failure", REPORT):
+            if self._ask("check", [told]):
+                rank, text = json.loads(self._ask("get", told))
+                raise PeerFailed(
+                    Diagnostic(
+                        code="N0811",
+                        message=f"rank {rank} failed first: {(text.splitlines() or [''])[0]}",
+                        place=f"rank {self.rank} at `{what}`",
+                        help=f"look at what rank {rank} wrote",
+                    ),
+                    Failure(rank, text),
+                )
 
     def _stopped_waiting(self) -> RunError:
         return fail(
@@ -269,7 +289,7 @@ class Control:
         try:
             yield
         except (RuntimeError, TimeoutError) as error:
-            self._look()
+            self.look()
             raise fail(
                 "N0814",
                 f"the store of the launch is gone: {(str(error).splitlines() or [''])[0]}",

@@ -19,23 +19,26 @@ from nmoe.rdep.signals import Signals
 class Node:
     """One rank among its node's. A context: leaving it tells the peers whether this rank is done or has failed.
 
-    store: shared by exactly these ranks. ranks: N. regions: of each rank's memory, the same on all; sizes: what
-    they are for, in words. timeout_s: how long a rank waits for its peers, in seconds, when they meet and in
-    every phase. memory: each rank's regions. RunError N0805 or N0806 if they cannot meet, or there is no room.
+    store: shared by exactly these ranks. rank, ranks: r of N, of this node; first: what the launch calls its rank 0,
+    whose names messages use. regions: of each rank's memory, the same on all; sizes: what they are for, in words.
+    timeout_s: how long a rank waits for its peers, in seconds, when they meet and in every phase. memory: each
+    rank's regions. RunError N0805 or N0806 if they cannot meet, or there is no room.
     """
 
     def __init__(
-        self, *, store: torch.distributed.Store, rank: int, ranks: int, regions: Regions, sizes: str, timeout_s: float
-    ) -> None:
-        self.rank, self.ranks = rank, ranks
+        self, *, store: torch.distributed.Store, rank: int, ranks: int, regions: Regions, sizes: str, timeout_s: float,
+        first: int = 0,
+    ) -> None:  # fmt: skip
+        self.rank, self.ranks, self.first = rank, ranks, first
+        names = range(first, first + ranks)
         file = create(regions)
         try:
-            peers = meet(store, rank=rank, ranks=ranks, memory=file, sizes=sizes, timeout_s=timeout_s)
+            peers = meet(store, rank=names[rank], ranks=names, memory=file, sizes=sizes, timeout_s=timeout_s)
             self.signals = Signals(
-                rank=rank, sockets={name: peer.end for name, peer in peers.items()}, timeout_s=timeout_s
+                rank=names[rank], sockets={name: peer.end for name, peer in peers.items()}, timeout_s=timeout_s
             )
-            files = {rank: file, **{name: peer.memory for name, peer in peers.items()}}
-            self.memory: list[dict[str, Tensor]] = [mapped(files[name], regions) for name in range(ranks)]
+            files = {names[rank]: file, **{name: peer.memory for name, peer in peers.items()}}
+            self.memory: list[dict[str, Tensor]] = [mapped(files[name], regions) for name in names]
             for peer in peers.values():
                 os.close(peer.memory)
         finally:
@@ -58,7 +61,7 @@ class Node:
 
     def publish(self, peer: int) -> None:
         """Everything that this phase writes into the peer's memory, or shows it in this rank's, is there."""
-        self.signals.publish(peer)
+        self.signals.publish(self.first + peer)
 
     def observe(self) -> None:
         """Wait until all peers have published this phase."""

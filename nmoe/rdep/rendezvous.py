@@ -47,12 +47,12 @@ def launch_store(timeout_s: float) -> torch.distributed.Store:
 
 
 def meet(
-    store: torch.distributed.Store, *, rank: int, ranks: int, memory: int, sizes: str, timeout_s: float
+    store: torch.distributed.Store, *, rank: int, ranks: range, memory: int, sizes: str, timeout_s: float
 ) -> dict[int, Peer]:
     """Every other rank of the node.
 
-    store: shared by these ranks alone, for one meeting. memory: the descriptor of this rank's. sizes: must be
-    equal on all.
+    store: shared by these ranks alone, for one meeting. ranks: theirs, in the launch. memory: the descriptor of this
+    rank's. sizes: must be equal on all.
     RunError N0805 if somebody does not come within timeout_s, cannot be reached, or is of another plan.
     """
     store = torch.distributed.PrefixStore("rdep", store)
@@ -62,14 +62,14 @@ def meet(
         with listener:
             listener.settimeout(timeout_s)
             listener.bind("")
-            listener.listen(ranks)
+            listener.listen(len(ranks))
             store.set_timeout(timedelta(seconds=timeout_s))
-            if rank == 0:
+            if rank == ranks[0]:
                 store.set("run", secrets.token_hex(16))
             store.set(f"address/{rank}", listener.getsockname())
-            run = _get(store, "run", 0, timeout_s).decode()
+            run = _get(store, "run", ranks[0], timeout_s).decode()
             mine = json.dumps({"run": run, "rank": rank, "sizes": sizes}).encode()
-            for peer in range(rank):
+            for peer in range(ranks[0], rank):
                 end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 end.settimeout(timeout_s)
                 try:
@@ -79,7 +79,7 @@ def meet(
                 except BaseException:
                     end.close()
                     raise
-            while len(peers) < ranks - 1:
+            while len(peers) < len(ranks) - 1:
                 end, _ = listener.accept()
                 end.settimeout(timeout_s)
                 try:
@@ -94,7 +94,7 @@ def meet(
             known.end.close()
             os.close(known.memory)
         if isinstance(error, OSError):
-            missing = ", ".join(str(peer) for peer in range(ranks) if peer != rank and peer not in peers)
+            missing = ", ".join(str(peer) for peer in ranks if peer != rank and peer not in peers)
             why = f" within {timeout_s:g} s" if isinstance(error, TimeoutError) else f": {error}"
             raise fail(
                 "N0805",

@@ -156,6 +156,11 @@ class Signals:
             text = first.text.encode(errors="replace")[:TEXT_BYTES]
             self._say(HEAD.pack(FAILED, 0, first.rank, self.here.number) + text)
 
+    def learn(self, failure: Failure) -> None:
+        """RunError N0802: a failure that this rank has heard of by another way."""
+        self.failure = self.failure or failure
+        raise self._gone(self.failure.rank)
+
     def close(self, error: BaseException | None = None) -> None:
         """Say why this rank ends, or that it is done, and close the sockets."""
         if error is None:

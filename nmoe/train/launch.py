@@ -2,7 +2,8 @@
 
 One process alone is rank 0 of 1 and needs no sockets. Under torchrun the ranks meet at the launch's store,
 which then carries the talk of starts, saves and ends (`nmoe.rdep.control`), and those of a node share memory
-and signals (`nmoe.rdep.node`), by which they exchange tokens and gradients and learn of each other's end.
+and signals (`nmoe.rdep.node`), by which they exchange tokens and gradients and learn of each other's end; between
+nodes each has its counterparts (`nmoe.rdep.nodes`). A node is LOCAL_WORLD_SIZE ranks with consecutive numbers.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import attrs
+import torch
 
 from nmoe import platform
 from nmoe.errors import ConfigError, Diagnostic
@@ -20,12 +22,12 @@ from nmoe.plan.ranks import shares_of
 from nmoe.plan.resolve import rank_problems
 from nmoe.rdep.control import Control
 from nmoe.rdep.node import Node
+from nmoe.rdep.nodes import Nodes
 from nmoe.rdep.peers import Peers
+from nmoe.rdep.signals import Failure, PeerFailed, describe
 from nmoe.train.tally import most_values
 
 if TYPE_CHECKING:
-    import torch
-
     from nmoe.rdep.cuda_node import CudaNode
     from nmoe.rdep.memory import Regions
 
@@ -51,22 +53,44 @@ class Launch:
         """This rank has failed: the others hear of it now, and none of its threads waits for them any more."""
         if self.peers is not None:
             self.peers.host.signals.tell(error)
+            self.control.report(_cause(self.peers.host, self.control, error))
             self.control.abort(error)
 
 
 def require_ranks(plan: Plan, ranks: int, per_node: int) -> None:
     """ConfigError N0601 or N0119 if the plan cannot be trained by these ranks."""
-    if ranks != per_node:
-        raise ConfigError(
-            Diagnostic(
-                code="N0601",
-                message=f"{ranks} ranks were launched, {per_node} on this node, and this version trains on one node",
-                help="launch as many ranks as one node has",
-            )
+    target = plan.config.platform.target
+    if ranks != per_node and target != "cpu":
+        raise _refused(
+            f"{ranks} ranks were launched, {per_node} on a node, and target `{target}` trains on one node so far",
+            "launch as many ranks as one node has",
         )
     found = rank_problems(plan.config, ranks, per_node)
     if found:
         raise ConfigError([attrs.evolve(one, place=f"{ranks} ranks launched") for one in found])
+
+
+def _require_nodes(plan: Plan, control: Control, process: platform.Process) -> None:
+    """As `require_ranks`, and N0601 unless each rank is local rank r % M of M; on all ranks alike."""
+    told = control.gather("the size of each node", [process.local_rank, process.local_world_size])
+    per_node = told[0][1]
+    for rank, (_, theirs) in enumerate(told):
+        if theirs != per_node:
+            raise _refused(
+                f"rank {rank} is one of {theirs} on its node, and rank 0 one of {per_node}",
+                "start as many ranks on every node: torchrun --nproc-per-node",
+            )
+    for rank, (local_rank, _) in enumerate(told):
+        if local_rank != rank % per_node:
+            raise _refused(
+                f"rank {rank} is local rank {local_rank} of {per_node}",
+                "number the ranks node by node, as torchrun does",
+            )
+    require_ranks(plan, len(told), per_node)
+
+
+def _refused(message: str, help: str) -> ConfigError:
+    return ConfigError(Diagnostic(code="N0601", message=message, help=help))
 
 
 @contextmanager
@@ -79,31 +103,54 @@ def launched(plan: Plan, process: platform.Process) -> Iterator[Launch]:
     from nmoe.rdep.rendezvous import launch_store
 
     store = launch_store(timeout_s)
-    shares = shares_of(plan.config, ranks, ranks)
+    control = Control(store, rank=process.rank, ranks=ranks, timeout_s=timeout_s)
+    try:
+        _require_nodes(plan, control, process)
+        with _together(plan, process, store, control) as peers:
+            yield Launch(control=control, peers=peers)
+    finally:
+        control.leave()
+
+
+@contextmanager
+def _together(
+    plan: Plan, process: platform.Process, store: torch.distributed.Store, control: Control
+) -> Iterator[Peers]:
+    """This rank's node and its counterparts; a failure is told to the node, and then to everybody."""
+    ranks, per_node, timeout_s = process.world_size, process.local_world_size, plan.config.output.rank_timeout
+    first = process.rank - process.local_rank
+    shares = shares_of(plan.config, ranks, per_node)
     values = most_values(plan, shares, ranks)
-    of_hosts, of_gpus = regions_of(plan, ranks, values=values)
-    with ExitStack() as stack:
-        host = Node(
-            store=store, rank=process.rank, ranks=ranks, regions=of_hosts,
-            sizes=f"plan {plan.fingerprint[:16]}, {transport_sizes(plan, ranks)}", timeout_s=timeout_s,
-        )  # fmt: skip
-        control = Control(
-            store, rank=process.rank, ranks=ranks, timeout_s=timeout_s, look=host.signals.check
-        )
-        # To leave takes a while, and comes after the peers have been told why.
-        stack.callback(control.leave)
-        stack.enter_context(host)
-        device = stack.enter_context(gpus(store, process, of_gpus, values, timeout_s)) if of_gpus else host
-        yield Launch(control=control, peers=Peers(host, device))
+    of_hosts, of_gpus = regions_of(plan, ranks, per_node, values=values)
+    host: Node | None = None
+    try:
+        with Node(
+            store=torch.distributed.PrefixStore(f"node/{first}", store), rank=process.local_rank, ranks=per_node,
+            first=first, regions=of_hosts, timeout_s=timeout_s,
+            sizes=f"plan {plan.fingerprint[:16]}, {transport_sizes(plan, per_node)}",
+        ) as host, ExitStack() as stack:  # fmt: skip
+            control.look = host.signals.check
+            device = stack.enter_context(gpus(store, process, of_gpus, values, timeout_s)) if of_gpus else host
+            nodes = Nodes(node=host, count=ranks // per_node, store=store, control=control, timeout_s=timeout_s)
+            yield Peers(nodes, device)
+    except BaseException as error:
+        control.report(_cause(host, control, error))
+        raise
+
+
+def _cause(host: Node | None, control: Control, error: BaseException) -> Failure:
+    """The first that this rank knows of its own end."""
+    if isinstance(error, PeerFailed):
+        return error.first
+    known = None if host is None else host.signals.failure
+    return known or Failure(control.rank, describe(error))
 
 
 @contextmanager
 def gpus(
-    store: "torch.distributed.Store", process: platform.Process, regions: "Regions", values: int, timeout_s: float
+    store: torch.distributed.Store, process: platform.Process, regions: "Regions", values: int, timeout_s: float
 ) -> "Iterator[CudaNode]":
     """The node's GPUs, one for each rank; values: rows' sums that a rank brings to a norm, at most."""
-    import torch
-
     from nmoe.rdep.cuda_node import CudaNode
 
     device = torch.device("cuda", process.local_rank)

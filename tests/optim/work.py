@@ -6,6 +6,7 @@ import torch
 
 from nmoe.optim import reduction
 from nmoe.rdep.node import Node
+from nmoe.rdep.nodes import Nodes
 from nmoe.sharding import Share, Tensor, deal
 from tests.rdep.work import Planned as Planned  # the server of ranks asks for these here
 from tests.rdep.work import store as store
@@ -56,7 +57,9 @@ def reducing(*, rank, ranks, store, microbatches, dtype):
     with Node(
         store=store, rank=rank, ranks=ranks, regions=reduction.regions(dealt, 9), sizes="a test's", timeout_s=100.0
     ) as node:
-        sums = reduction.Reduction(node=node, host=node, parameters=parameters, shares=dealt, owned=owned)
+        sums = reduction.Reduction(
+            nodes=Nodes(node=node), node=node, parameters=parameters, shares=dealt, owned=owned, apart={}
+        )
         for step in range(STEPS):
             sums.clear()
             for microbatch in range(rank, microbatches, ranks):

@@ -1,0 +1,68 @@
+"""What a rank of one of several nodes does in the tests: `nmoe train`, or a reduction alone, on "nodes" of this machine."""
+
+import os
+import signal
+from functools import cache
+from pathlib import Path
+
+from nmoe.checkpoint import environment
+from nmoe.cli.main import run
+from nmoe.data import corpus
+from nmoe.rdep import rendezvous
+from nmoe.train import loop
+from tests.rdep.work import Planned as Planned  # the server of ranks asks for these here
+from tests.rdep.work import store as store
+
+# What a process reads at each start is read once, before the ranks are forked: the packaged text, the sources.
+corpus.documents = cache(corpus.documents)
+for _part in ("train", "heldout"):
+    corpus.documents("shakespeare", _part)
+_hashes = environment.source_hashes()
+environment.source_hashes = lambda: _hashes
+
+FAULT_STEP = 4
+
+
+class OnFire(Exception):
+    """A fault of the program, which the drill asks for."""
+
+
+def training(*, rank, ranks, store, per_node, config, sets, log, who=None, fault="", sizes=None):
+    """The exit status of `nmoe train`. who, fault: the rank that goes wrong in a step, and how, "HOW@PHASE".
+
+    sizes: what each rank takes for its node's size, if they differ.
+    """
+    speak_into(Path(log) / f"{rank}.txt")
+    if ranks > 1:
+        found = {"RANK": rank, "LOCAL_RANK": rank % per_node, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": per_node}
+        if sizes:
+            found["LOCAL_RANK"], found["LOCAL_WORLD_SIZE"] = sizes[rank]
+        os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+        rendezvous.launch_store = lambda timeout_s: store
+    if rank == who:
+        go_wrong(fault)
+    return run(["train", config, *(word for item in sets for word in ("--set", item))])
+
+
+def speak_into(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+
+
+def go_wrong(fault):
+    """Has this process's training end, stop or raise in the phase of a step."""
+    how, _, where = fault.partition("@")
+    real = loop.train
+
+    def observe(step, phase):
+        if step == FAULT_STEP and phase == where:
+            if how == "raise":
+                raise OnFire("the rank is on fire")
+            os.kill(os.getpid(), getattr(signal, how))
+
+    loop.train = lambda *given, **more: real(*given, observe=observe, **more)
+
+
+WORK = {"training": training}
