@@ -34,7 +34,10 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
                   buffers of E + N counts of 8 bytes; on one rank nothing. T is that of an evaluation, if larger.
                   On a GPU 8 bytes a pair and 4 a token received, and the counts of all ranks, 4 bytes each
     reduction     for several ranks: what all hold once more in float32, where ranks show each other gradients and
-                  weights, and the sums of what the rank keeps of that
+                  weights, and the sums of what the rank keeps of that. On G nodes, whose ranks do not see each other's
+                  memory, also, in float32: the (G - 1) N parts of what the rank keeps, experts included, that come
+                  from other nodes; the sums of its experts; and in the place of their gradients N times these,
+                  each microbatch's of the node by itself
 
 They are not at their largest together: with one microbatch, activations shrink while gradients grow. The
 peak is the largest, over the moments of a step, of what is alive then. Weights, optimizer and buffers
@@ -234,12 +237,15 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
     gradients: dict[str, int] = {}
     kept: dict[str, int] = {}
     made: dict[str, int] = {}
-    alike = 0
+    alike = apart = 0
+    nodes = ranks // ranks_per_node
     for parameter in model.parameters():
         elements = size(parameter.shape)
         local = elements // ranks_per_node if parameter.role == "expert" else elements
         part = part_of(parameter.name)
         gradient = local * BYTES[config.optimizer.grad_dtype]
+        if parameter.role == "expert" and nodes > 1:
+            gradient, apart = 0, apart + local * ranks_per_node
         gradients[part] = gradients.get(part, 0) + gradient
         made[part] = made.get(part, 0) + (0 if parameter.role == "expert" else gradient)
         whole["weights"] += local * element
@@ -252,7 +258,7 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
     whole["activations"] = tokens * (per_token + sum(half.kept for layer in layers for half in layer))
     whole["rdep_buffers"] = rdep_bytes(config, tokens, ranks_per_node)
     if ranks > 1:
-        whole["reduction"] = 4 * (alike + owned)
+        whole["reduction"] = 4 * (alike + owned + (nodes - 1) * ranks_per_node * owned + apart)
 
     always = 24 * (batch.tokens_per_step // ranks) + (0 if config.platform.target == "cpu" else 2 * CUBLAS_WORKSPACE)
     several = batch.microbatches // ranks > 1
@@ -268,7 +274,7 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
 
 
 def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_node: int) -> tuple[int, int]:
-    """Bytes of state of the rank that keeps most, and elements of the one that adds most of what all ranks hold.
+    """Bytes of state of the rank that keeps most, and elements of the one that adds most.
 
     bytes_of: state of one element, by parameter.
     """
@@ -276,7 +282,7 @@ def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_no
     for share in shares_of(config, ranks, ranks_per_node):
         count = share.stop - share.start
         state[share.rank] += count * bytes_of[share.name]
-        sums[share.rank] += 0 if is_expert(share.name) else count
+        sums[share.rank] += 0 if is_expert(share.name) and ranks == ranks_per_node else count
     return max(state), max(sums)
 
 

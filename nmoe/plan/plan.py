@@ -12,7 +12,7 @@ import attrs
 from nmoe.plan.cost import Memory
 from nmoe.plan.families import StockClass
 from nmoe.plan.groups import GroupRow
-from nmoe.plan.ranks import Balance
+from nmoe.plan.ranks import Balance, Traffic
 from nmoe.registry.config import Config
 
 
@@ -37,7 +37,7 @@ class Plan:
     sections: the digest of each section. fingerprint: over those that training depends on.
     tree_digest: over everything.
     flops_per_token: of training, forward and backward. memory: what a rank needs, for each value of [output]
-    recompute. transport: how tokens travel between that many ranks. balance: what each keeps.
+    recompute. transport: how tokens travel between that many ranks. balance: what each keeps. traffic: between nodes.
     runnable, reasons: whether every part has its kernels on the target, and which has not.
     stock_class: what `nmoe export` writes the model as, or why it cannot.
     """
@@ -63,6 +63,7 @@ class Plan:
     ranks_per_node: int
     transport: str
     balance: tuple[Balance, ...]
+    traffic: Traffic
     runnable: bool
     reasons: tuple[str, ...]
     stock_class: StockClass
@@ -95,6 +96,7 @@ class Plan:
             "ranks_per_node": self.ranks_per_node,
             "transport": self.transport,
             "balance": [attrs.asdict(one) for one in self.balance],
+            "traffic": attrs.asdict(self.traffic),
             "memory_bytes_per_rank": dict(self.memory_bytes_per_rank),
             "memory": {recompute: attrs.asdict(memory) for recompute, memory in self.memory.items()},
             "groups": [{**attrs.asdict(row), "shape": list(row.shape)} for row in self.groups],

@@ -22,6 +22,29 @@ class Balance:
     experts: int
 
 
+@attrs.frozen(kw_only=True)
+class Traffic:
+    """Bytes that a rank sends to other nodes, at most: of gradients in each of a step's passes, and of weights."""
+
+    passes: int
+    parts: int
+    weights: int
+
+
+def traffic_of(config: Config, ranks: int, ranks_per_node: int) -> Traffic:
+    """Of M ranks a node, rank l sends M float32 parts of what its counterparts own, and what it owns itself to each."""
+    kept = [0] * ranks
+    for share in shares_of(config, ranks, ranks_per_node):
+        kept[share.rank] += share.stop - share.start
+    width = {"bf16": 2, "fp32": 4}[config.model.dtype]
+    theirs = [sum(kept[rank % ranks_per_node :: ranks_per_node]) - kept[rank] for rank in range(ranks)]
+    return Traffic(
+        passes=config.batch.microbatches // ranks,
+        parts=4 * ranks_per_node * max(theirs),
+        weights=(ranks // ranks_per_node - 1) * width * max(kept),
+    )
+
+
 def shares_of(config: Config, ranks: int, ranks_per_node: int) -> tuple[Share, ...]:
     """Every rank's share of every parameter, in the parameters' order."""
     return tuple(deal(_tensors(config), ranks=ranks, ranks_per_node=ranks_per_node))

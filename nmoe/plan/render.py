@@ -191,6 +191,10 @@ def _ranks(plan: Plan) -> Iterator[str]:
     where = f"the {plan.ranks_per_node} ranks of a node" if nodes > 1 else f"{plan.ranks} ranks"
     if plan.config.model.moe is not None and plan.ranks_per_node > 1:
         yield f"  Tokens travel to their experts between {where} by `{plan.transport}`."
+    if nodes > 1:
+        yield f"  Each of the {nodes} nodes has all experts. A rank sends its counterparts on the others, at most,"
+        parts, weights = bytes_text(plan.traffic.parts), bytes_text(plan.traffic.weights)
+        yield f"  {parts} of gradients in each of a step's {plan.traffic.passes} passes, and {weights} of weights."
     yield "  Sums over ranks are in the order of the microbatches: the bits are those of one rank."
 
 

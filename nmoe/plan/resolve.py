@@ -20,7 +20,7 @@ from nmoe.plan.groups import group_rows
 from nmoe.plan.layers import Tree, load, load_text
 from nmoe.plan.plan import Milestone, Plan
 from nmoe.plan.positions import Path
-from nmoe.plan.ranks import balance_of, transport_of
+from nmoe.plan.ranks import balance_of, traffic_of, transport_of
 from nmoe.plan.structure import Broken, BrokenPart, Findings, components, dotted, problems_of, structure
 from nmoe.registry.component import Component
 from nmoe.registry.config import Config
@@ -171,6 +171,7 @@ def _complete(tree: Tree, config: Config, ranks: int, ranks_per_node: int) -> Pl
         ranks_per_node=ranks_per_node,
         transport=transport_of(config, ranks_per_node),
         balance=balance_of(config, ranks, ranks_per_node),
+        traffic=traffic_of(config, ranks, ranks_per_node),
         runnable=not reasons,
         reasons=reasons,
         stock_class=stock_class(config.model),

@@ -105,6 +105,7 @@ class Nodes:
             try:
                 answer = self._answers.get(timeout=SLICE_S)
             except queue.Empty:
+                self.node.signals.waiting_elsewhere()
                 self._look()
                 if time.monotonic() > deadline:
                     raise self._lost(None, f"did not come to {what} within {self.timeout_s:g} s") from None
@@ -126,6 +127,7 @@ class Nodes:
         """Who knows better has a while to say so; what then is left to say."""
         deadline = time.monotonic() + BLAME_S
         while time.monotonic() < deadline:
+            self.node.signals.waiting_elsewhere()
             self._look()
             time.sleep(SLICE_S)
         names = [number * self.node.ranks + self.node.rank for number in ([peer] if peer is not None else self.others)]

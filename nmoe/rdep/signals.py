@@ -11,7 +11,7 @@ stores before it and the loads after it.
 
 A peer that dies is an end-of-file at once. A rank that fails tells its peers why before it goes, and a
 rank that learns of a failure passes on the first one, so that all name the same cause. A peer that hangs
-is a time-out.
+is a time-out; one that waits for somebody on another node says so again and again, and is not blamed for it.
 """
 
 import collections
@@ -35,7 +35,7 @@ MODEL_PHASES = ("values", "gradients", "weights")
 
 ALL_PHASES = PHASES + MODEL_PHASES
 
-ARRIVED, FAILED, ENDED = range(3)
+ARRIVED, FAILED, ENDED, WAITING = range(4)
 HEAD = struct.Struct("<BBIQ")  # kind; phase's index, layer, number: of a failure, the rank is in the layer's place
 TEXT_BYTES = 8192
 MESSAGE_BYTES = HEAD.size + TEXT_BYTES
@@ -85,6 +85,7 @@ class Signals:
         self.here = Arrival(0, "", 0)
         self.seen = dict.fromkeys(self.sockets, self.here)
         self.waiting: dict[int, collections.deque[Arrival]] = {peer: collections.deque() for peer in self.sockets}
+        self.heard = dict.fromkeys(self.sockets, 0.0)
         self.ended: set[int] = set()
         self.failure: Failure | None = None
         self.has_told = False
@@ -118,14 +119,15 @@ class Signals:
         RunError N0802: a peer has failed or ended. N0803: one has not come in time. N0804: one has come to
         another phase, so that the ranks do not run the same list.
         """
-        deadline = time.monotonic() + self.timeout_s
+        began = time.monotonic()
         while missing := [peer for peer, queue in self.waiting.items() if not queue]:
             for peer in missing:
                 if peer in self.ended:
                     raise self._gone(peer)
-            events = self.poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+            left_s = {peer: max(began, self.heard[peer]) + self.timeout_s - time.monotonic() for peer in missing}
+            events = self.poll.poll(max(0.0, min(left_s.values())) * 1000)
             if not events:
-                raise self._hung(missing)
+                raise self._hung([peer for peer in missing if left_s[peer] == min(left_s.values())])
             for file, _ in events:
                 self._receive(self.peer_of_file[file])
                 if self.failure is not None:
@@ -134,6 +136,15 @@ class Signals:
             self.seen[peer] = queue.popleft()
             if self.seen[peer] != self.here:
                 raise self._apart(peer, f"has come to {self.seen[peer]}")
+
+    def waiting_elsewhere(self) -> None:
+        """Tell the peers that this rank is not come to its phase because it waits for a rank that is no peer."""
+        message = HEAD.pack(WAITING, 0, 0, self.here.number)
+        for end in self.sockets.values():
+            end.setblocking(False)
+            with contextlib.suppress(OSError):  # whoever does not read learns of it in another way
+                end.send(message)
+            end.settimeout(self.timeout_s)
 
     def check(self) -> None:
         """RunError N0802 if a peer has failed or died since anybody looked; does not wait.
@@ -197,6 +208,8 @@ class Signals:
             self.waiting[peer].append(Arrival(number, ALL_PHASES[phase], layer))
         elif kind == FAILED:
             self.failure = self.failure or Failure(layer, message[HEAD.size :].decode(errors="replace"))
+        elif kind == WAITING:
+            self.heard[peer] = time.monotonic()
         else:
             self.ended.add(peer)
 

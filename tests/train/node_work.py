@@ -1,4 +1,4 @@
-"""What a rank of one of several nodes does in the tests: `nmoe train`, or a reduction alone, on "nodes" of this machine."""
+"""What a rank of several "nodes" on this machine does in the tests: `nmoe train`, or a reduction alone."""
 
 import os
 import signal
