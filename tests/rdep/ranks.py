@@ -111,3 +111,4 @@ if __name__ == "__main__":
     importlib.import_module(sys.argv[1])
 
     serve()
+    os._exit(0)  # libraries have much to say at an end, to whom nobody listens

@@ -5,13 +5,19 @@ import signal
 from functools import cache
 from pathlib import Path
 
+from nmoe import platform
 from nmoe.checkpoint import environment
 from nmoe.cli.main import run
 from nmoe.data import corpus
+from nmoe.graph import build
+from nmoe.model.loss import linear_cross_entropy
+from nmoe.plan.resolve import resolve
 from nmoe.rdep import rendezvous
 from nmoe.train import loop
+from nmoe.train.launch import launched
 from tests.rdep.work import Planned as Planned  # the server of ranks asks for these here
 from tests.rdep.work import store as store
+from tests.train import node_sums
 
 # What a process reads at each start is read once, before the ranks are forked: the packaged text, the sources.
 corpus.documents = cache(corpus.documents)
@@ -65,4 +71,32 @@ def go_wrong(fault):
     loop.train = lambda *given, **more: real(*given, observe=observe, **more)
 
 
-WORK = {"training": training}
+def counted(*, rank, ranks, store, per_node, config, sets):
+    """Bytes that the sums take on this rank, and that it sends to other nodes in a pass and for the weights."""
+    plan = resolve(config, sets, ranks=ranks, ranks_per_node=per_node)
+    platform.require("cpu", threads=1)
+    rendezvous.launch_store = lambda timeout_s: store
+    process = platform.Process(
+        rank=rank, local_rank=rank % per_node, world_size=ranks, local_world_size=per_node, master_address="",
+        master_port=0,
+    )  # fmt: skip
+    with launched(plan, process) as launch:
+        graph = build(plan, launch.peers)
+        together, nodes = graph.ranks, launch.peers.nodes
+        kept = [together.node.memory[rank % per_node]["gradients_P"], *together.sums]
+        kept += [tensor for tensors in together.receives.values() for tensor in tensors]
+        kept += [apart.parts_M for apart in together.apart.values()]
+        batch = graph.loader.batch(1)
+        before = nodes.moved
+        together.share()
+        weights = nodes.moved - before
+        h_TD, head_VD = graph.model(batch.input_ids_BS[:1]), graph.model.head.weight_VD
+        linear_cross_entropy(h_TD, head_VD, batch.targets_BS[0], chunk_tokens=64).backward()
+        before = nodes.moved
+        together.add()
+        parts = nodes.moved - before
+        launch.control.gather("the end", None)
+    return [sum(tensor.nbytes for tensor in kept), parts, weights]
+
+
+WORK = {"training": training, "counted": counted, **node_sums.WORK}
