@@ -13,7 +13,7 @@ from nmoe.metrics.reader import last_value
 from nmoe.plan.plan import Plan
 from nmoe.train import failure
 from nmoe.train.attempt import Attempt, End, metrics_directory
-from nmoe.train.launch import Launch, launched
+from nmoe.train.launch import Launch, launched, require_ranks
 from nmoe.train.run_dir import FollowedRun, RunDir
 from nmoe.train.signals import StopRequest
 from nmoe.train.step import Observer
@@ -45,6 +45,8 @@ def train(
     """
     process = platform.process()
     require_runnable(plan)
+    if process.world_size == process.local_world_size:  # of several nodes nobody knows the others before they meet
+        require_ranks(plan, process.world_size, process.local_world_size)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     with ExitStack() as stack:
         stack.enter_context(_named(process))

@@ -79,20 +79,12 @@ def test_a_plan_for_other_hardware_says_why(capfd):
     assert 'of kind "nvfp4" has no kernels for sm_100a yet' in error
 
 
-@pytest.mark.parametrize(
-    ("world", "local", "message"),
-    [
-        (3, 3, "error[N0119]: 3 ranks do not divide the step's 2 microbatches"),
-        (2, 1, "error[N0601]: 2 ranks were launched, 1 on this node"),
-    ],
-)
-def test_ranks_that_the_plan_cannot_have(tmp_path, capfd, monkeypatch, world, local, message):
-    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": local, "MASTER_PORT": 29500}
-    for name, value in launch.items():
+def test_ranks_that_the_plan_cannot_have(tmp_path, capfd, monkeypatch):
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3, "MASTER_PORT": 9}.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert nmoe(in_directory(tmp_path / "run")) == 2
-    assert message in capfd.readouterr().err
+    assert "error[N0119]: 3 ranks do not divide the step's 2 microbatches" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
