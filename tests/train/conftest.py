@@ -80,8 +80,8 @@ def module_runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def _read_once():
     """What a process reads at each start is read once for all trainings of this one: the packaged text, the sources."""
     with pytest.MonkeyPatch.context() as patch:
-        hashes = environment.source_hashes()
-        patch.setattr(environment, "source_hashes", lambda: hashes)
+        read, hashes = environment.source_hashes, environment.source_hashes()
+        patch.setattr(environment, "source_hashes", lambda root=None: hashes if root is None else read(root))
         patch.setattr(corpus, "documents", cache(corpus.documents))
         yield
 
