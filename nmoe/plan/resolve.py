@@ -98,6 +98,11 @@ def _name_of(path: Path, spec: Component) -> str:
     return f"[{dotted(path)}]" + (f' of kind "{kind}"' if kind else "")
 
 
+def _that_divide(count: int) -> str:
+    """The way out: the numbers of ranks that would do, the small ones of very many."""
+    return f"numbers that do: {', '.join(str(n) for n in range(1, min(count, 4096) + 1) if count % n == 0)}"
+
+
 def rank_problems(config: Config, ranks: int, ranks_per_node: int) -> list[Diagnostic]:
     """What is wrong with a number of ranks for a config (N0119).
 
@@ -111,12 +116,11 @@ def rank_problems(config: Config, ranks: int, ranks_per_node: int) -> list[Diagn
     else:
         parts = config.batch.microbatches
         if parts % ranks:
-            works = ", ".join(str(n) for n in range(1, min(parts, 4096) + 1) if parts % n == 0)
-            found.append((f"{ranks} ranks do not divide the step's {parts} microbatches", f"numbers that do: {works}"))
+            found.append((f"{ranks} ranks do not divide the step's {parts} microbatches", _that_divide(parts)))
         moe = config.model.moe
         if moe is not None and moe.router.num_experts % ranks_per_node:
             message = f"{ranks_per_node} ranks of a node cannot share {moe.router.num_experts} experts evenly"
-            found.append((message, "let --ranks-per-node divide num_experts"))
+            found.append((message, _that_divide(moe.router.num_experts)))
     return [Diagnostic(code="N0119", message=m, place="--ranks", help=h) for m, h in found]
 
 
