@@ -154,14 +154,7 @@ def process() -> Process:
             "N0603", f"the launch variables do not fit together: {problems[0]}",
             help="start one process without any of them, or all through torchrun", notes=problems[1:],
         )  # fmt: skip
-    return Process(
-        rank=numbers["RANK"],
-        local_rank=numbers["LOCAL_RANK"],
-        world_size=numbers["WORLD_SIZE"],
-        local_world_size=numbers["LOCAL_WORLD_SIZE"],
-        master_address=found["MASTER_ADDR"],
-        master_port=numbers["MASTER_PORT"],
-    )
+    return Process(master_address=found["MASTER_ADDR"], **{name.lower(): number for name, number in numbers.items()})
 
 
 def variables_of_rank(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -18,7 +18,6 @@ backward needs is copied out of the shared memory.
 import torch
 from torch import Tensor
 
-from nmoe.errors import fail
 from nmoe.kernels.exchange import Lists, Received, dispatch, give_back, keep
 from nmoe.kernels.layout_ranks import Places, count, place
 from nmoe.rdep.cuda_node import CudaNode
@@ -59,15 +58,7 @@ class CudaTransport:
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
         """As `Transport.layout`. RunError N0807 for more tokens than the buffers were made for."""
-        tokens, top_k = indices_TK.shape
-        if tokens > self.sizes.tokens or top_k != self.sizes.top_k or num_experts != self.sizes.num_experts:
-            raise fail(
-                "N0807",
-                f"a microbatch of {tokens} tokens, {top_k} of {num_experts} experts for a token, does not fit",
-                place=f"layer {layer}",
-                notes=[f"the buffers are for {self.sizes}"],
-                help="make the transport for the largest microbatch of the plan",
-            )
+        self.sizes.require(indices_TK, num_experts, layer)
         counted = count(indices_TK, num_experts=num_experts, ranks=self.ranks)
         self.count_parity ^= 1
         self.meet("counts", layer, counted.counts_C, self.count_boxes_N[self.count_parity])

@@ -59,6 +59,18 @@ class Sizes:
             f"rows of {self.hidden_size} {str(self.dtype).removeprefix('torch.')}"
         )
 
+    def require(self, indices_TK: Tensor, num_experts: int, layer: int) -> None:
+        """RunError N0807 if a routing needs more room than the buffers have. layer: for the message."""
+        tokens, top_k = indices_TK.shape
+        if tokens > self.tokens or top_k != self.top_k or num_experts != self.num_experts:
+            raise fail(
+                "N0807",
+                f"a microbatch of {tokens} tokens, {top_k} of {num_experts} experts for a token, does not fit",
+                place=f"layer {layer}",
+                notes=[f"the buffers are for {self}"],
+                help="make the transport for the largest microbatch of the plan",
+            )
+
     def regions(self) -> Regions:
         """Of the names in `Memory`."""
         received, pairs = self.ranks * self.tokens, self.tokens * self.top_k

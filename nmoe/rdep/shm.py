@@ -17,7 +17,6 @@ What backward needs is copied out of the shared memory.
 import torch
 from torch import Tensor
 
-from nmoe.errors import fail
 from nmoe.rdep.layout import Layout, layout, route
 from nmoe.rdep.memory import Memory, Sizes
 from nmoe.rdep.node import Node
@@ -34,15 +33,7 @@ class ShmTransport:
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Layout:
         """As `Transport.layout`. RunError N0807 for more tokens than the buffers were made for."""
-        tokens, top_k = indices_TK.shape
-        if tokens > self.sizes.tokens or top_k != self.sizes.top_k or num_experts != self.sizes.num_experts:
-            raise fail(
-                "N0807",
-                f"a microbatch of {tokens} tokens, {top_k} of {num_experts} experts for a token, does not fit",
-                place=f"layer {layer}",
-                notes=[f"the buffers are for {self.sizes}"],
-                help="make the transport for the largest microbatch of the plan",
-            )
+        self.sizes.require(indices_TK, num_experts, layer)
         routing = route(indices_TK, num_experts=num_experts, ranks=self.ranks)
         self.node.begin("counts", layer)
         self.count_parity ^= 1
