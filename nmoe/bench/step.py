@@ -6,9 +6,13 @@ drawn evenly from the vocabulary (`--text`: the packaged text in bytes, as in nm
 experts of the first layers very uneven).
 
     seconds       of a step: the mean over all N, which follow each other as in a training
-    tokens/s      the step's tokens over it; mfu: the plan's FLOPs over it and the dense bf16 product of this run
+    tokens/s      the step's tokens over it and the ranks, so of each GPU; mfu: the plan's FLOPs over it and the dense
+                  bf16 product of this run
     busy          of the profiled step, which begins and ends with an idle device: the part in which some kernel ran
     kernels       by name: milliseconds of the profiled step, launches, share of all kernels' time
+
+Under torchrun all ranks train together and rank 0 speaks; the step's microbatches are dealt out to them, so for as many
+tokens on each rank `--set batch.sequences=` takes as many times as many.
 
 --trace writes the profiled step as a trace that Perfetto opens, CONFIG.json.gz.
 """
@@ -32,6 +36,7 @@ from nmoe.errors import NmoeError
 from nmoe.graph import TrainingGraph, build
 from nmoe.plan.plan import Plan
 from nmoe.plan.resolve import resolve
+from nmoe.train.launch import launched, require_ranks
 from nmoe.train.loop import require_runnable
 from nmoe.train.step import run_step
 
@@ -45,7 +50,7 @@ def even_batch(plan: Plan, step: int) -> TokenBatch:
     tokens = torch.randint(0, vocab_size, (batch.sequences, batch.sequence_length + 1), generator=generator)
     return TokenBatch(
         step=step, input_ids_BS=tokens[:, :-1].contiguous(), targets_BS=tokens[:, 1:].contiguous(),
-        document_ids_BS=torch.zeros_like(tokens[:, 1:]), digest="", num_bytes=tokens[:, 1:].numel(),
+        document_ids_BS=torch.zeros_like(tokens[:, 1:]), digest=f"{step:064x}", num_bytes=tokens[:, 1:].numel(),
     )  # fmt: skip
 
 
@@ -90,17 +95,25 @@ def kernels(found: profile) -> tuple[dict[str, tuple[float, int]], float]:
 
 def measure(plan: Plan, steps: int, text: bool, trace: Path | None) -> dict[str, Any]:
     """See the module. Raises what a training of the plan would."""
+    process = platform.process()
     require_runnable(plan)
+    require_ranks(plan, process.world_size, process.local_world_size)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
-    graph = build(plan)
+    with launched(plan, process) as launch:
+        return measured(build(plan, launch.peers), plan, steps, text, trace if launch.leads else None)
+
+
+def measured(graph: TrainingGraph, plan: Plan, steps: int, text: bool, trace: Path | None) -> dict[str, Any]:
+    """As `measure`, of this rank's parts."""
     first = WARM_UP + 1
     take(graph, plan, range(1, first), text)
     seconds = take(graph, plan, range(first, first + steps), text) / steps
     row: dict[str, Any] = {
         "config": plan.name,
         "tokens": "text" if text else "even",
+        "ranks": graph.ranks.ranks,
         "seconds": seconds,
-        "tokens/s": plan.tokens_per_step / seconds,
+        "tokens/s": plan.tokens_per_step / seconds / graph.ranks.ranks,
     }
     if graph.device.type == "cpu":
         return row
@@ -145,6 +158,8 @@ def main() -> None:
             row = measure(plan, arguments.steps, arguments.text, arguments.trace)
         except NmoeError as error:
             sys.exit(str(error))
+        if platform.process().rank:
+            continue
         if arguments.json:
             print(json.dumps(row), flush=True)
         else:
