@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check goldens learning learning-goldens clean
+.PHONY: help quickstart test check goldens learning learning-goldens torture clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ learning: $(VENV)/.installed-dev  ## train every kind of router, attention and o
 learning-goldens: $(VENV)/.installed-dev  ## rewrite the golden curve and the figures of experts against dense layers
 	$(BIN)/python -m tests.learning.curve
 	$(BIN)/python -m tests.learning.against_dense
+
+torture: $(VENV)/.installed-dev  ## kills, power cuts, faults, corruptions, foreign files: all of it (hours; may be stopped)
+	$(BIN)/python -m tests.torture --jobs $(JOBS)
 
 clean:  ## remove the environment and caches; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
