@@ -28,11 +28,11 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    lost = 0
+    lost, totals = 0, read_results()
     for name in options.subjects or SUBJECTS:
         total = campaign(name, options.jobs)
         lost += len(total.lost)
-        totals = (read_results() if RESULTS.exists() else {}) | {name: total}
+        totals = read_results() | {name: total}
         RESULTS.write_text(json.dumps({key: attrs.asdict(one) for key, one in totals.items()}, indent=1) + "\n")
     if all(name in totals for name in SUBJECTS):
         readme = ROOT / "README.md"
