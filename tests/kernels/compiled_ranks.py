@@ -5,17 +5,9 @@ Arguments: the compute capability, 90 or 100. For 90 also the weight gradients o
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from nmoe.kernels import signals
 from nmoe.kernels.combine import gather_rows
@@ -23,45 +15,28 @@ from nmoe.kernels.exchange import Lists, Received, dispatch, give_back, keep, re
 from nmoe.kernels.launch import launches
 from nmoe.kernels.layout_ranks import count, place
 from nmoe.kernels.products import weight_gradient
+from tests.kernels.pretended import pretend, usage
 
 CAPABILITY = int(sys.argv[1])
-driver.set_active(
-    SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", CAPABILITY, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device=None: 0,
-    )
-)
-torch.cuda.current_device = lambda: 0
-torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
-run = JITFunction.run
-tools = Path(triton.__file__).parent / "backends/nvidia/bin"
 found: dict[str, dict] = {}
 case = ""
 
 
-def compile_only(self, *args, grid, warmup, **options):
-    kernel = run(self, *args, grid=grid, warmup=True, **options)
+def see(function, kernel):
     ptx = kernel.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
     body = ptx[ptx.index("{\n") :]
-    found[f"{case} {self.fn.__name__}"] = {
+    found[f"{case} {function}"] = {
         "atomics": re.findall(r"\b(?:atom|red)\.\S+", ptx),
         "acquires": len(re.findall(r"ld\.\S*acquire\S*|atom\S*acquire", ptx)),
         "barrier_first": 0 <= body.find("bar.sync") < body.find("atom."),
         "loads16": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "stores16": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
-        "registers": int(re.search(r"REG:(\d+)", usage.stdout)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage.stdout)[1]),
-        "shared": kernel.metadata.shared,
+        **usage(kernel),
     }
 
 
-JITFunction.run = compile_only
+pretend(CAPABILITY, see)
 
 
 def several(ranks: int, tokens: int, width: int, experts: int, top_k: int) -> None:

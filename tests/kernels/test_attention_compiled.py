@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # Addresses that the three roles share are kept in memory across a block of work; an accumulator is 32 or more
 # registers, so its loss would show as 128 bytes and more.
 SPILLED = 96
@@ -17,8 +19,13 @@ SPILLED = 96
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 def test_products_stay_in_flight_and_accumulators_in_registers() -> None:
-    script = Path(__file__).with_name("compiled_attention.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled_attention"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     kernels = ("forward_kernel", "queries_kernel", "keys_kernel")

@@ -10,11 +10,14 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 def test_products_use_wgmma_fit_shared_memory_and_spill_nothing() -> None:
-    script = Path(__file__).with_name("compiled.py")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert set(found) == {"up", "dw_up"}

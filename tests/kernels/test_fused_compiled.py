@@ -10,6 +10,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # Bytes of stack. A row of the loss takes all registers of a multiprocessor; on Blackwell four of them do not fit.
 STACK = {90: 0, 100: 16}
 
@@ -20,8 +22,13 @@ NARROW = ("sum_kernel", "blocks_kernel", "verdict_kernel", "rows_kernel 1")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 @pytest.mark.parametrize("capability", [90, 100])
 def test_kernels_hold_their_promises(capability: int) -> None:
-    script = Path(__file__).with_name("compiled_fused.py")
-    done = subprocess.run([sys.executable, str(script), str(capability)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled_fused", str(capability)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     kernels = {name.split()[-2] for name in found}

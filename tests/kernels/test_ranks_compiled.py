@@ -10,14 +10,21 @@ import pytest
 
 pytest.importorskip("triton")
 
+ROOT = Path(__file__).resolve().parents[2]
+
 WIDE = ("dispatch_kernel", "keep_kernel", "give_back_kernel", "gather_kernel")  # rows of 2 D bytes
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 @pytest.mark.parametrize("capability", [90, 100])
 def test_kernels_hold_their_promises(capability: int) -> None:
-    script = Path(__file__).with_name("compiled_ranks.py")
-    done = subprocess.run([sys.executable, str(script), str(capability)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiled_ranks", str(capability)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     kernels = {name.split()[1] for name in found} - {"wgrad_kernel"}
