@@ -131,9 +131,35 @@ def _glance(directory: Path) -> tuple[str, list[int]]:
     return head, layout.steps_on_disk(directory)
 
 
-def _verify(directory: Path, threads: int) -> Report:
+@attrs.frozen(kw_only=True)
+class Kept:
+    """The checkpoints of a run by what their manifests say; no object has been looked at.
+
+    head: None where there is none yet, or where it cannot be read, which is then among the faults. steps: of the kept
+    checkpoints, rising. manifests: of those whose manifest is whole, with the SHA-256 of its file.
+    """
+
+    head: Head | None
+    steps: tuple[int, ...]
+    manifests: dict[int, tuple[Manifest, str]]
+    faults: tuple[Fault, ...]
+    notes: tuple[str, ...]
+
+
+def read_kept(directory: Path) -> Kept:
+    """The kept checkpoints' manifests, each checked against its seal and the hash that its witness holds of it.
+
+    A run may be saving meanwhile, as in `verify`.
+    """
+    while True:
+        before = _glance(directory)
+        kept = _read_kept(directory)
+        if not kept.faults or _glance(directory) == before:
+            return kept
+
+
+def _read_kept(directory: Path) -> Kept:
     faults: list[Fault] = []
-    notes: list[str] = []
     head: Head | None = None
     try:
         head = read_head(directory)
@@ -145,7 +171,7 @@ def _verify(directory: Path, threads: int) -> Report:
     if head is not None and head.manifest is not None and head.step not in kept:
         kept.append(head.step)
     ahead = [step for step in steps if step not in kept]
-    notes.extend(f"step {step} lies ahead of HEAD: an unfinished save, or left behind by a rewind" for step in ahead)
+    notes = [f"step {step} lies ahead of HEAD: an unfinished save, or left behind by a rewind" for step in ahead]
 
     manifests: dict[int, tuple[Manifest, str]] = {}
     expected = {head.step: (head.manifest, "HEAD")} if head is not None and head.manifest is not None else {}
@@ -168,7 +194,15 @@ def _verify(directory: Path, threads: int) -> Report:
         for step, (_, witness) in expected.items()
         if step not in kept and kept and step > kept[0]
     )
+    return Kept(
+        head=head, steps=tuple(sorted(kept)), manifests=manifests, faults=tuple(faults), notes=tuple(notes)
+    )
 
+
+def _verify(directory: Path, threads: int) -> Report:
+    found = _read_kept(directory)
+    head, kept, manifests = found.head, found.steps, found.manifests
+    faults, notes = list(found.faults), list(found.notes)
     needed: dict[str, int] = {}
     for manifest, _ in manifests.values():
         needed |= manifest.objects
