@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "graph": {"plan", "registry", "platform"} | RUNTIME,
     "checkpoint": {"plan", "registry", "platform"} | RUNTIME,
     "eval": {"plan", "registry"} | RUNTIME,
-    "report": {"plan", "registry", "metrics"},
+    "report": {"checkpoint", "plan", "registry", "metrics"},
     "export": {"plan", "registry", "checkpoint", "data", "metrics", "model"},
     "bench": {"train", "plan", "registry", "platform", "graph"} | RUNTIME | {"kernels"},
     "train": {"graph", "checkpoint", "eval", "report", "plan", "registry", "platform"} | RUNTIME,

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("nmoe.cli.train", "Start a run, continue it, or say that it is complete."),
     "gate": ("nmoe.cli.gate", "Prove that a killed run continues to the same bits."),
     "verify": ("nmoe.cli.verify", "Check every checkpoint of a run."),
+    "compare": ("nmoe.cli.compare", "Find the first step and thing at which two runs part."),
     "export": ("nmoe.cli.export", "Write a run's model for the transformers library."),
     "data": ("nmoe.cli.data", "Prepare token shards from text."),
 }

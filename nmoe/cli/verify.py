@@ -6,8 +6,6 @@ from typing import Any
 
 import click
 
-from nmoe.errors import ConfigError, Diagnostic
-
 
 @click.command("verify", epilog="Exit status: 0 everything verifies, 1 something does not, 2 RUN is not a run.")
 @click.argument("run", type=click.Path(path_type=Path))
@@ -33,14 +31,9 @@ def command(run: Path, rewind: bool, as_json: bool) -> None:
       nmoe verify runs/quickstart --json | jq .state_digest
       nmoe verify runs/quickstart --rewind
     """
-    if not (run / "plan.json").is_file() and not (run / "checkpoints").is_dir():
-        raise ConfigError(
-            Diagnostic(
-                code="N0318",
-                message=f"`{run}` is not a run's directory",
-                help="name the directory that [output] run_dir says, such as runs/quickstart",
-            )
-        )
+    from nmoe.report.run import require_run
+
+    require_run(run)
     # First, so that the report shows what there is after it.
     moved = _rewind(run) if rewind else ""
     result = _check(run)
@@ -55,7 +48,7 @@ def _check(run: Path) -> dict[str, Any]:
     """The whole finding, as --json prints it."""
     from nmoe.checkpoint import verify
     from nmoe.errors import RunError
-    from nmoe.train.run_dir import read_plan
+    from nmoe.report.run import read_plan
 
     report = verify.verify(run / "checkpoints")
     faults = [

@@ -14,7 +14,6 @@ what there is one of, rank 0 writes.
 import signal
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import attrs
@@ -32,6 +31,7 @@ from nmoe.metrics.sink import Sink
 from nmoe.metrics.throughput import Throughput
 from nmoe.plan.plan import Plan
 from nmoe.rdep.control import GIVEN_UP
+from nmoe.report.run import metrics_directory
 from nmoe.train.launch import Launch
 from nmoe.train.progress import Progress, count, duration
 from nmoe.train.recording import record_evaluation, record_step
@@ -48,12 +48,6 @@ class End:
     step: int
     signal: str | None
     bits_per_byte: float | None
-
-
-def metrics_directory(plan: Plan) -> Path:
-    """Where the metrics of all runs lie: [output] metrics_dir, or `metrics` beside the run's directory."""
-    output = plan.config.output
-    return Path(output.metrics_dir) if output.metrics_dir else Path(output.run_dir).resolve().parent / "metrics"
 
 
 class Attempt:
@@ -121,7 +115,7 @@ class Attempt:
                 ended_by = self._train(None)
             else:
                 with Sink(
-                    metrics_directory(self.plan),
+                    metrics_directory(self.run_dir.path, self.output.metrics_dir),
                     run=self.run_dir.name, lineage=self.run_dir.lineage, attempt=self.run_dir.attempt,
                 ) as sink:  # fmt: skip
                     sink.set_aside_after(self.state.step)

@@ -10,9 +10,9 @@ to end by themselves, and R new ones continue; the straight run stays one of one
 proves both.
 
 The killed run saves at a cadence that divides no S and differs from the straight run's, so that each
-continuation starts some steps back and repeats them. Then everything that can be compared is:
-for every step the loss at full digits and the digest of the batch; at the end every tensor of the
-state (weights, masters, moments, biases) and every counter (schedule, loader, random streams).
+continuation starts some steps back and repeats them. Then everything that can be compared is, as by `nmoe compare`:
+of every step the digest of the batch, router loads, loss, gradient norms and rates at full digits; at the end every
+tensor of the state (weights, masters, moments, biases) and every counter (schedule, loader, random streams).
 """
 
 import json
@@ -27,15 +27,15 @@ import attrs
 
 from nmoe.checkpoint import reader
 from nmoe.errors import ConfigError, Diagnostic
-from nmoe.metrics.reader import read_rows
 from nmoe.plan.plan import Plan
+from nmoe.report import compare as report
+from nmoe.report.run import read_run
 from nmoe.train.drill import PHASES
 from nmoe.train.launch import require_ranks
 from nmoe.train.launcher import END_S, launch, otherwise
 from nmoe.train.loop import require_runnable
 
 OWN_KEYS = ("run_dir", "metrics_dir", "metrics_every", "checkpoint_every", "stop_after_step")
-COMPARED_METRICS = ("train/loss", "grad/norm", "data/batch_digest")
 
 
 @attrs.frozen(kw_only=True)
@@ -127,38 +127,35 @@ def run_gate(
 
 
 def compare(directory: Path, a: str, b: str, steps: int) -> tuple[str, dict[str, int], str]:
-    """The first difference between two runs ('' if none), how much was compared, and a's state digest."""
-    rows_a, rows_b = (_ledger(directory / "metrics" / name) for name in (a, b))
-    for step in range(1, steps + 1):
-        for name in COMPARED_METRICS:
-            left, right = rows_a.get((step, name)), rows_b.get((step, name))
-            if left is None or left != right:
-                return f"step {step}: {name} is {left!r} in `{a}` and {right!r} in `{b}`", {}, ""
+    """The first difference between two runs ('' if none), how much was compared, and a's state digest.
 
-    left_manifest, right_manifest = (reader.require_head(directory / name / "checkpoints") for name in (a, b))
-    for key in sorted(set(left_manifest.state) | set(right_manifest.state)):
-        left, right = left_manifest.state.get(key), right_manifest.state.get(key)
-        if left != right:
-            return f"state `{key}` is {left!r} in `{a}` and {right!r} in `{b}`", {}, ""
-    for name in sorted(set(left_manifest.tensors) | set(right_manifest.tensors)):
-        if left_manifest.tensors.get(name) != right_manifest.tensors.get(name):
-            return f"tensor `{name}` differs after step {steps}", {}, ""
-    if left_manifest.state_digest != right_manifest.state_digest:
-        return "the state digests differ", {}, ""
+    As `nmoe compare`; but every step has to be in both, both have to end with the last one, and every byte of what
+    they end with is read.
+    """
+    heads = [reader.require_head(directory / name / "checkpoints") for name in (a, b)]
+    found = report.compare(*(read_run(directory / name, metrics=directory / "metrics") for name in (a, b)))
+    difference = ""
+    if found.first is not None:
+        stage, first = found.first
+        what = first.what + (f" of layer {first.layer}" if first.layer is not None else "")
+        difference = f"step {found.step}, {stage.name}: {what} is {first.a!r} in `{a}` and {first.b!r} in `{b}`"
+        difference += f" ({first.where})" if first.where else ""
+    elif missing := sorted(set(range(1, steps + 1)) - set(found.rows)):
+        difference = f"step {missing[0]}: not both have its rows"
+    elif found.lonely:
+        name, who = next(iter(found.lonely.items()))
+        difference = f"{name}: only `{a if who == 'A' else b}` has it"
+    elif [head.step for head in heads] != [steps, steps] or steps not in found.checkpoints:
+        difference = f"step {steps}: not both end with its checkpoint"
+    if difference:
+        return difference, {}, ""
     compared = {
         "steps": steps,
-        "metrics_per_step": len(COMPARED_METRICS),
-        "tensors": len(left_manifest.tensors),
-        "counters": len(left_manifest.state),
+        "figures": sum(stage.compared for stage in found.stages if stage.name != "weights"),
+        "tensors": len(heads[0].tensors),
+        "counters": len(heads[0].state),
     }
-    return "", compared, left_manifest.state_digest
-
-
-def _ledger(directory: Path) -> dict[tuple[int, str], tuple[float | None, str | None]]:
-    """(step, name) -> (value, label) of the compared metrics of a run."""
-    return {
-        (row.step, row.name): (row.value, row.label) for row in read_rows(directory, names=COMPARED_METRICS)
-    }
+    return "", compared, heads[0].state_digest
 
 
 def _attempt(command: list[str], directory: Path, *, expect: int) -> None:

@@ -11,8 +11,9 @@ from nmoe import platform
 from nmoe.errors import ConfigError, Diagnostic
 from nmoe.metrics.reader import last_value
 from nmoe.plan.plan import Plan
+from nmoe.report.run import metrics_directory
 from nmoe.train import failure
-from nmoe.train.attempt import Attempt, End, metrics_directory
+from nmoe.train.attempt import Attempt, End
 from nmoe.train.launch import Launch, launched, require_ranks
 from nmoe.train.run_dir import FollowedRun, RunDir
 from nmoe.train.signals import StopRequest
@@ -111,7 +112,8 @@ def _outcome(plan: Plan, run: RunDir | FollowedRun, launch: Launch, end: End | N
     total, bits, exit_code = plan.total_steps, None, 0
     if end is None:
         first = f"complete: {total} steps, nothing left to do"
-        bits = last_value(metrics_directory(plan) / run.name, "eval/bits_per_byte")
+        metrics = metrics_directory(run.path, plan.config.output.metrics_dir)
+        bits = last_value(metrics / run.name, "eval/bits_per_byte")
     elif end.step == total:
         first, bits = f"complete: {total} steps", end.bits_per_byte
     elif end.signal is not None:

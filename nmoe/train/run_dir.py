@@ -22,18 +22,16 @@ from typing import Any
 import attrs
 
 from nmoe.checkpoint import disk
-from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.reader import head_step
 from nmoe.errors import fail
 from nmoe.plan.diff import differing, flat
 from nmoe.plan.fingerprint import is_outside
 from nmoe.plan.plan import Plan
 from nmoe.plan.toml import toml_of
+from nmoe.report.run import CHECKPOINTS, ENVIRONMENT, PLAN, read_plan
 from nmoe.train import events, failure, run_lock
 
-PLAN_LIMIT = 1 << 26
-FILES = ("config.toml", "resolved.toml", "plan.json", "env.json", events.NAME, run_lock.LOCK, run_lock.OWNER)
-CHECKPOINTS = "checkpoints"
+FILES = ("config.toml", "resolved.toml", PLAN, ENVIRONMENT, events.NAME, run_lock.LOCK, run_lock.OWNER)
 
 
 @attrs.define(kw_only=True)
@@ -99,7 +97,7 @@ class RunDir:
                 self.event("changed", keys=[_line(*item) for item in _differing(stored, plan)])
             self._write("config.toml", config_text)
             self._write("resolved.toml", toml_of(plan.tree))
-            self._write("plan.json", json.dumps(plan.to_json(), indent=1) + "\n")
+            self._write(PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
         except BaseException:
             self._stack.close()
             raise
@@ -128,7 +126,7 @@ class RunDir:
 
     def record_environment(self, record: Mapping[str, Any]) -> None:
         """Writes env.json: the environment record of this attempt."""
-        self._write("env.json", json.dumps(record, indent=1) + "\n")
+        self._write(ENVIRONMENT, json.dumps(record, indent=1) + "\n")
 
     def begin_lineage(self, changes: list[str]) -> None:
         """Goes on openly as a new line of states; `changes` says what is no longer as it was."""
@@ -155,7 +153,7 @@ class RunDir:
         known = {CHECKPOINTS, *FILES, *(f"{name}.tmp" for name in FILES)}
         names = (entry.name for entry in self.path.iterdir() if not entry.match(failure.PATTERN))
         foreign = sorted(name for name in names if name not in known)
-        if foreign and not (self.path / "plan.json").exists():
+        if foreign and not (self.path / PLAN).exists():
             raise fail(
                 "N0313", f"`run_dir` holds something that is no run: `{foreign[0]}`"
                 + (f" and {len(foreign) - 1} more" if foreign[1:] else ""),
@@ -165,7 +163,7 @@ class RunDir:
 
     def _stored_plan(self, past: events.Past) -> dict[str, Any] | None:
         """What plan.json holds, None in a directory that has never been finished being made."""
-        path = self.path / "plan.json"
+        path = self.path / PLAN
         if not path.exists():
             if self.checkpoints.exists():
                 raise fail(
@@ -192,22 +190,6 @@ class RunDir:
         path, content = self.path / name, text.encode()
         if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
             disk.replace(path, content)
-
-
-def read_plan(run: Path) -> dict[str, Any]:
-    """The content of plan.json with its identity checked for shape; RunError N0314 if it is not that."""
-    path = run / "plan.json"
-    try:
-        stored = json.loads(disk.read(path, limit=PLAN_LIMIT))
-        for key, kind in (("fingerprint", str), ("tree_digest", str), ("sections", dict), ("resolved", dict)):
-            if not isinstance(stored[key], kind):
-                raise ValueError(f"`{key}` is no {kind.__name__}")
-    except (Damage, ValueError, KeyError, TypeError, RecursionError) as cause:
-        raise fail(
-            "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path),
-            help="restore it from a copy, or name another `run_dir`",
-        ) from cause  # fmt: skip
-    return dict(stored)
 
 
 def _check_same(path: Path, stored: Mapping[str, Any], plan: Plan) -> None:

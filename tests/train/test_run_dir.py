@@ -13,8 +13,9 @@ import pytest
 from nmoe.checkpoint import disk
 from nmoe.errors import RunError
 from nmoe.plan.resolve import resolve
+from nmoe.report.run import read_plan
 from nmoe.train import events, run_lock
-from nmoe.train.run_dir import RunDir, read_plan
+from nmoe.train.run_dir import RunDir
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
 
