@@ -1,6 +1,7 @@
 """nmoe compare: the first step and the first thing at which two runs part, and what could explain it."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +65,12 @@ def _json(a: "Run", b: "Run", found: "Comparison") -> dict[str, Any]:
     import attrs
 
     runs = {name: {"run": str(run.path), "fingerprint": run.plan["fingerprint"]} for name, run in (("a", a), ("b", b))}
-    return {"identical": found.identical, "headline": headline(found), **runs, **attrs.asdict(found)}
+
+    def finite(_: Any, __: Any, value: Any) -> Any:
+        return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    whole = attrs.asdict(found, value_serializer=finite)
+    return {"identical": found.identical, "headline": headline(found), **runs, **whole}
 
 
 def headline(found: "Comparison") -> str:

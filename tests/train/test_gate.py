@@ -1,5 +1,6 @@
 """The gate: what it kills where, what it compares, and that it finds what is not identical."""
 
+import re
 import shutil
 
 import attrs
@@ -9,9 +10,13 @@ from hypothesis import strategies as st
 
 from nmoe.checkpoint.format import object_path
 from nmoe.errors import ConfigError, RunError
+from nmoe.metrics.reader import read_rows
+from nmoe.report.run import Run, read_run
 from nmoe.train import gate
 from nmoe.train.drill import PHASES
 from nmoe.train.drill import main as drill
+from tests.train.launches import GROUPS
+from tests.train.test_mutation import reseal
 
 STEPS = 4
 
@@ -61,67 +66,84 @@ def test_equal_runs_are_equal(pair):
     assert difference == ""
     assert digest == pair.digest("a") == pair.digest("b")
     head = pair.head("a")
+    rows = [row for row in read_rows(pair.metrics / "a") if row.step == STEPS and row.name.startswith(GROUPS)]
     assert compared == {
-        "steps": STEPS, "metrics_per_step": 3, "tensors": len(head.tensors), "counters": len(head.state)
-    }  # fmt: skip
+        "steps": STEPS, "figures": len(rows) + 1, "tensors": len(head.tensors), "counters": len(head.state)
+    }, "and the tokens seen"  # fmt: skip
 
 
-def altered(manifest, **changes):
-    return attrs.evolve(manifest, **changes)
+def changed(pair, directory, **changes):
+    """Copies of both runs, the second with another end; the gate's word on them."""
+    for name in ("a", "b"):
+        pair.copy(name, directory)
+    reseal(directory / "b", attrs.evolve(pair.head("b"), **changes))
+    return gate.compare(directory, "a", "b", STEPS)
 
 
 @pytest.mark.parametrize("section, name", [("schedule", "tokens_seen"), ("loader", "next_batch"), ("rng", "rounding")])
-def test_a_counter_that_differs_is_named(pair, monkeypatch, section, name):
-    head = pair.head("b")
-    other = altered(head, state={**head.state, section: {name: head.state[section][name] + 1}})
-    heads = {"a": pair.head("a"), "b": other}
-    monkeypatch.setattr(gate.reader, "require_head", lambda directory: heads[directory.parent.name])
-    difference, compared, digest = gate.compare(pair.directory, "a", "b", STEPS)
-    assert difference.startswith(f"state `{section}` is ")
+def test_a_counter_that_differs_is_named(pair, tmp_path, section, name):
+    state = pair.head("b").state
+    value = state[section][name]
+    difference, compared, digest = changed(pair, tmp_path, state={**state, section: {name: value + 1}})
+    assert difference == f"step {STEPS}, weights: counter {section}.{name} is {value} in `a` and {value + 1} in `b`"
     assert (compared, digest) == ({}, "")
 
 
-def test_the_first_tensor_that_differs_is_named(pair, monkeypatch):
-    """By name; also one that only one of them has."""
-    head = pair.head("b")
-    names = sorted(head.tensors)
-    late, early = names[-1], names[3]
-    swapped = attrs.evolve(head.tensors[early], slices=head.tensors[names[0]].slices)
-    for tensors, expected in (
-        ({**head.tensors, early: swapped}, early),
-        ({name: record for name, record in head.tensors.items() if name != late}, late),
-        ({**head.tensors, "zz.more": swapped}, "zz.more"),
-    ):
-        heads = {"a": pair.head("a"), "b": altered(head, tensors=tensors)}
-        monkeypatch.setattr(gate.reader, "require_head", lambda directory, heads=heads: heads[directory.parent.name])
-        assert gate.compare(pair.directory, "a", "b", STEPS)[0] == f"tensor `{expected}` differs after step {STEPS}"
+def test_the_first_tensor_that_differs_is_named(pair, tmp_path):
+    """In the order in which a step makes them; also one that only one of them has."""
+    tensors = pair.head("b").tensors
+    early, late = "master/embedding.weight_VD", "router.bias/layers.3"
+    swapped = attrs.evolve(tensors[early], slices=tensors["adamw.exp_avg/embedding.weight_VD"].slices)
+    for index, (other, expected) in enumerate((
+        ({**tensors, early: swapped}, early),
+        ({name: record for name, record in tensors.items() if name != late}, late),
+        ({**tensors, "zz.more": swapped}, "zz.more"),
+    )):  # fmt: skip
+        difference, _, _ = changed(pair, tmp_path / str(index), tensors=other)
+        assert difference.startswith(f"step {STEPS}, weights: {expected} is ")
 
 
-@pytest.mark.parametrize("name", gate.COMPARED_METRICS)
+@pytest.mark.parametrize("name", ["train/loss", "grad/norm", "data/batch_digest"])
 def test_the_first_step_that_differs_is_named(pair, monkeypatch, name):
-    """A loss that differs in its last bit only, another batch; also a step without its row."""
-    ledger = gate._ledger
-    value, label = ledger(pair.metrics / "a")[2, name]
-    other = (None, f"{label}x") if value is None else (value * (1 + 2**-52), label)
-    assert other != (value, label)
+    """A loss that differs in its last bit only, another batch."""
+    rows = Run.rows
+    (key,) = (one for one in rows(read_run(pair.path("b")), 2).values if one[0] == name)
 
-    def read(directory):
-        rows = ledger(directory)
-        return {**rows, (2, name): other, (3, name): other} if directory.name == "b" else rows
+    def read(self, step):
+        found = rows(self, step)
+        value = found.values[key]
+        other = f"{value}x" if isinstance(value, str) else value * (1 + 2**-52)
+        assert other != value
+        return attrs.evolve(found, values=found.values | ({key: other} if self.path.name == "b" and step > 1 else {}))
 
-    monkeypatch.setattr(gate, "_ledger", read)
+    monkeypatch.setattr(Run, "rows", read)
     difference = gate.compare(pair.directory, "a", "b", STEPS)[0]
-    assert difference.startswith(f"step 2: {name} is ")
-    assert repr(other) in difference
+    assert re.match(rf"step 2, \w+: {name} is ", difference)
 
 
 def test_a_missing_step_is_a_difference(pair, tmp_path):
     for name in ("a", "b"):
         pair.copy(name, tmp_path)
     (tmp_path / "metrics" / "b" / "step_00000003.parquet").unlink()
-    assert gate.compare(tmp_path, "a", "b", STEPS)[0].startswith("step 3: train/loss is ")
+    assert gate.compare(tmp_path, "a", "b", STEPS)[0] == "step 3: not both have its rows"
     (tmp_path / "metrics" / "a" / "step_00000003.parquet").unlink()
-    assert gate.compare(tmp_path, "a", "b", STEPS)[0].startswith("step 3: train/loss is None"), "in neither"
+    assert gate.compare(tmp_path, "a", "b", STEPS)[0] == "step 3: not both have its rows", "in neither"
+
+
+def test_a_metric_that_only_one_has_is_a_difference(pair, monkeypatch):
+    rows = Run.rows
+
+    def read(self, step):
+        found = rows(self, step)
+        left = {key: value for key, value in found.values.items() if key[0] != "grad/clip" or self.path.name == "a"}
+        return attrs.evolve(found, values=left)
+
+    monkeypatch.setattr(Run, "rows", read)
+    assert gate.compare(pair.directory, "a", "b", STEPS)[0] == "grad/clip: only `a` has it"
+
+
+def test_another_end_is_a_difference(pair):
+    assert gate.compare(pair.directory, "a", "b", STEPS - 1)[0] == f"step {STEPS - 1}: not both end with its checkpoint"
 
 
 def test_a_damaged_end_is_no_verdict(pair, tmp_path):
