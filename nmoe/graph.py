@@ -21,6 +21,7 @@ from nmoe.optim import reduction
 from nmoe.optim.gradient_norms import GradientNorms
 from nmoe.optim.groups import DTYPES, Optimizer
 from nmoe.optim.reduction import Alone, Reduction
+from nmoe.optim.replicas import Replicas
 from nmoe.optim.rounding import Rounding
 from nmoe.optim.wsd import Wsd
 from nmoe.part import Part
@@ -37,7 +38,7 @@ class TrainingGraph:
 
     optimizer: the groups in the plan's order; every parameter is in exactly one, and every share of it on one rank.
     groups: the names of all parameters, by group. norms: of all gradients. ranks: the others. shares: who keeps
-    what, of all ranks.
+    what, of all ranks. replicas: what this rank holds as others do.
     clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
     document_mask: attention stays within a document.
     tokens_per_step: the loss is a mean over these. device: where the model, its state and a step's work are.
@@ -49,6 +50,7 @@ class TrainingGraph:
     norms: GradientNorms
     ranks: Alone | Reduction
     shares: tuple[Share, ...]
+    replicas: Replicas
     rounding: Rounding
     schedule: Wsd
     loader: Loader
@@ -60,10 +62,7 @@ class TrainingGraph:
 
     def routers(self) -> Iterator[tuple[int, Router]]:
         """(layer, router) of every MoE layer, first layer first."""
-        for index, block in enumerate(self.model.layers):
-            assert isinstance(block, Block)
-            if block.moe is not None:
-                yield index, block.moe.router
+        return routers_of(self.model)
 
     def state(self) -> dict[str, Part]:
         """Every tensor that exact resume needs, by logical name, sharing memory with the parts: this rank's shares.
@@ -78,16 +77,29 @@ class TrainingGraph:
         return self.optimizer.parts() | (self._alike() if self.ranks.rank == 0 else {})
 
     def _alike(self) -> dict[str, Part]:
-        return {
-            f"router.bias/layers.{layer}": Part.whole(router.bias_E)
-            for layer, router in self.routers()
-            if router.bias_E is not None
-        }
+        return {name: Part.whole(bias_E) for name, bias_E in biases_of(self.model).items()}
 
     def refresh(self) -> None:
         """Recompute what follows from the state: the weights from their masters."""
         self.optimizer.refresh()
         self.ranks.share()
+
+
+def routers_of(model: Transformer) -> Iterator[tuple[int, Router]]:
+    """(layer, router) of every MoE layer, first layer first."""
+    for index, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        if block.moe is not None:
+            yield index, block.moe.router
+
+
+def biases_of(model: Transformer) -> dict[str, torch.Tensor]:
+    """The selection biases of the routers that have one, by logical name."""
+    return {
+        f"router.bias/layers.{layer}": router.bias_E
+        for layer, router in routers_of(model)
+        if router.bias_E is not None
+    }
 
 
 def transport_sizes(plan: Plan, ranks: int) -> Sizes | None:
@@ -173,8 +185,10 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
         for name, spec in config.optimizer.groups().items()
     ]
     together: Alone | Reduction = Alone()
+    apart: dict[str, Apart] = {}
     if peers is not None:
-        apart = keep_apart(model, per_node) if peers.nodes.count > 1 else {}
+        if peers.nodes.count > 1:
+            apart = keep_apart(model, per_node)
         together = Reduction(
             nodes=peers.nodes,
             node=peers.device,
@@ -203,6 +217,12 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
         norms=GradientNorms(groups=names, shares=shares, owned=owned, ranks=together, device=device),
         ranks=together,
         shares=shares,
+        replicas=Replicas(
+            alike={name: tensor for name, tensor in tensors.items() if not is_expert(name)} | biases_of(model),
+            experts={name: tensors[name] for name in apart},
+            ranks_per_node=per_node,
+            every=config.output.divergence_every,
+        ),
         rounding=rounding,
         schedule=config.schedule.build(),
         loader=Loader(mixture, sequences=config.batch.sequences, microbatch=config.batch.microbatch),

@@ -102,6 +102,11 @@ class Output(Component):
         "how long a rank waits for another at any point, before all of them end; only with several ranks",
         default=45.0, minimum=1.0, maximum=86400.0, unit="seconds",
     )
+    divergence_every: int = key(
+        "steps between comparisons of what all ranks hold alike, weights and router biases; one precedes every "
+        "checkpoint; only with several ranks",
+        default=100, minimum=1, unit="steps",
+    )
     router_collapse: RouterCollapse | None = section("what is done about a router that has collapsed", optional=True)
 
     def check(self, config, path: str) -> Iterator[Problem]:

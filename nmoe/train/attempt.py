@@ -32,6 +32,7 @@ from nmoe.metrics.throughput import Throughput
 from nmoe.plan.plan import Plan
 from nmoe.rdep.control import GIVEN_UP
 from nmoe.report.run import metrics_directory
+from nmoe.train.divergence import require_alike
 from nmoe.train.launch import Launch
 from nmoe.train.progress import Progress, count, duration
 from nmoe.train.recording import record_evaluation, record_step
@@ -327,6 +328,7 @@ class Attempt:
         started = time.perf_counter()
         self.observe(step, "save")
         self._wait_for_save()
+        require_alike(self.graph, step=step)
         self.writer.save(
             step=step,
             tensors=self.graph.kept(),

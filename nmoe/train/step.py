@@ -76,7 +76,7 @@ def run_step(
 
     step counts from 1; tokens_seen includes this step. observe(step, phase) is called as each phase
     begins.
-    Raises RunError N0501 or N0522 if the loss or the gradient is not finite.
+    Raises RunError N0501 or N0522 if the loss or the gradient is not finite, N0509 or N0510 if the ranks are not alike.
     """
     started = time.perf_counter()
     graph.optimizer.clear_gradients()
@@ -104,7 +104,8 @@ def run_step(
     backward_seconds = time.perf_counter() - started - forward_seconds
 
     before = time.perf_counter()
-    told = exchange(graph, digest=batch.digest, losses=losses, memory=platform.memory(graph.device.type))
+    memory = platform.memory(graph.device.type)
+    told = exchange(graph, step=step, digest=batch.digest, losses=losses, memory=memory)
     nats, norms = told.nats, told.norms
     total = norms.total.sqrt().item()
     for index, value in enumerate(nats):

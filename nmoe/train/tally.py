@@ -1,8 +1,9 @@
 """What every rank tells the others once in a step, so that all of them decide the same.
 
 It travels between the processes as one vector of float64, in which counts are exact up to 2^53 and float32 values are
-what they were: the batch, memory, the losses of the rank's microbatches, each router's load and balance losses. The
-loads and balance losses of all ranks then stand in the routers.
+what they were: the batch, memory, the losses of the rank's microbatches, each router's load and balance losses, and
+in some steps the digests of what all ranks hold alike (`nmoe.train.divergence`). The loads and balance losses of all
+ranks then stand in the routers.
 """
 
 import attrs
@@ -16,6 +17,7 @@ from nmoe.optim.norm import Norms
 from nmoe.optim.reduction import Alone
 from nmoe.plan.plan import Plan
 from nmoe.sharding import Share
+from nmoe.train.divergence import judge
 
 DIGEST_DIGITS = 13
 """Hexadecimal digits of a batch's digest that a float64 holds."""
@@ -39,28 +41,32 @@ class Tally:
 
 def most_values(plan: Plan, shares: tuple[Share, ...], ranks: int) -> int:
     """Values of the longest vector that a rank tells."""
-    moe, microbatches = plan.config.model.moe, plan.config.batch.microbatches
-    routers = plan.config.model.num_layers * (moe.router.num_experts + MOST_LOSSES * microbatches) if moe else 0
+    model, microbatches = plan.config.model, plan.config.batch.microbatches
+    routers = model.num_layers * (model.moe.router.num_experts + MOST_LOSSES * microbatches) if model.moe else 0
+    halves = 2 * (len(list(model.parameters())) + model.num_layers)  # of digests: parameters, biases
     rows = max(sum(share.rows for share in shares if share.rank == rank) for rank in range(ranks))
-    return max(HEAD + microbatches + routers, rows)
+    return max(HEAD + microbatches + routers + halves, rows)
 
 
-def exchange(graph: TrainingGraph, *, digest: str, losses: list[Tensor], memory: platform.Memory) -> Tally:
+def exchange(
+    graph: TrainingGraph, *, step: int, digest: str, losses: list[Tensor], memory: platform.Memory
+) -> Tally:
     """Tell, and hear, at the end of a step's backward. losses: of this rank's microbatches.
 
-    RunError N0509 if a rank has another batch.
+    RunError N0509 if a rank has another batch, N0510 if the ranks do not hold the same and this step compares.
     """
     norms = graph.norms.squared()  # a GPU has it in its queue before the host waits for the losses
-    nats = torch.stack(losses).tolist()
     if isinstance(graph.ranks, Alone):
-        return Tally(nats=nats, memory=[memory], norms=norms)
+        return Tally(nats=torch.stack(losses).tolist(), memory=[memory], norms=norms)
+    halves = graph.replicas.halves() if graph.replicas.due(step) else torch.empty(0)  # in the queue too
+    nats = torch.stack(losses).tolist()
 
     routers = [router for _, router in graph.routers()]
     batch = int(digest[:DIGEST_DIGITS], 16)
     head = [batch, *attrs.astuple(memory)]
     terms = [router.balance.terms() for router in routers if router.balance is not None]
     loads = torch.stack([router.load_E for router in routers]).cpu() if routers else torch.empty(0)
-    mine = [torch.tensor(head), torch.tensor(nats), loads, *terms]
+    mine = [torch.tensor(head), torch.tensor(nats), loads, *terms, halves.cpu()]
     told = graph.ranks.gather(torch.cat([part.to(torch.float64).view(-1) for part in mine]))
 
     parts = [vector.split([part.numel() for part in mine]) for vector in told]
@@ -73,6 +79,8 @@ def exchange(graph: TrainingGraph, *, digest: str, losses: list[Tensor], memory:
                 place="the ranks' batches of one step",
                 help="all ranks must read the same data: compare `nmoe verify RUN --read-data` on their machines",
             )
+    if halves.numel():
+        judge(graph, [part[-1] for part in parts], place=f"step {step}, before its update")
     all_loads = torch.stack([part[2] for part in parts]).sum(0).long().view(loads.shape)
     for router, load_E in zip(routers, all_loads, strict=True):
         router.load_E.copy_(load_E)

@@ -1,7 +1,7 @@
 """What goes wrong on one rank of a training, and where: armed in the rank's own process before it starts.
 
 A fault is HOW@WHERE. WHERE is one of PHASES, as `nmoe.train` names them to an observer: the first of step STEP or
-later; or one of PLACES.
+later, or, where HOW begins with "stuck", each of them; or one of PLACES.
 """
 
 import errno
@@ -47,16 +47,27 @@ def act(how: str) -> None:
         raise ValueError(how)
 
 
+def flip(graph, name: str) -> None:
+    """The lowest bit of the last element of a tensor that all ranks hold."""
+    values = graph.replicas.tensors[name].detach().view(-1)
+    values[-1:].view({2: torch.int16, 4: torch.int32}[values.element_size()]).bitwise_xor_(1)
+
+
 def arm(fault: str) -> None:
     """Makes this process go wrong as `fault` says when its training comes there."""
     how, _, where = fault.partition("@")
     real = loop.train
 
-    left = [how]
+    left, graphs = [how], []
 
     def observe(step: int, phase: str) -> None:
         if left and step >= STEP and phase == where:
-            act(left.pop())
+            if "flip" in how:
+                flip(graphs[0], how.rpartition(" ")[2])
+            if how.partition(" ")[0] != "stuck":
+                left.pop()
+            if "flip" not in how:
+                act(how)
 
     def train(*given, **more):
         if where == "start":
@@ -64,6 +75,9 @@ def arm(fault: str) -> None:
         return real(*given, observe=observe, **more)
 
     loop.train = train
+    if "flip" in how:
+        build = attempt.build
+        attempt.build = lambda *given: graphs.append(build(*given)) or graphs[0]
     if where == "meeting":
         _before(launch, "Node", how)
     elif where == "opening":
