@@ -21,88 +21,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 import attrs
 
 from nmoe.errors import Diagnostic, RunError, fail
+from nmoe.variables import FAMILIES, RECORDED, REFUSED
 
 if TYPE_CHECKING:
     import torch
 
 CAPABILITY_OF_TARGET = {"sm_100a": (10, 0), "sm_90a": (9, 0)}
 NAME_OF_TARGET = {"sm_100a": "B200, compute capability 10.0", "sm_90a": "H100 or H200, compute capability 9.0"}
-
-# Variables that change arithmetic behind the program's back: refused when somebody else has set them.
-REFUSED = {
-    "NVIDIA_TF32_OVERRIDE": "switches TF32 in cuBLAS and cuDNN",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "switches TF32 on in cuBLAS",
-    "CUBLAS_WORKSPACE_CONFIG": "decides which cuBLAS algorithms may be chosen",
-    "CUBLASLT_WORKSPACE_SIZE": "decides which cuBLASLt algorithms may be chosen",
-    "TORCH_CUBLASLT_UNIFIED_WORKSPACE": "decides which cuBLASLt algorithms may be chosen",
-    "TORCH_BLAS_PREFER_CUBLASLT": "replaces cuBLAS",
-    "DISABLE_ADDMM_CUDA_LT": "replaces cuBLASLt",
-    "TORCH_LINALG_PREFER_CUSOLVER": "replaces a solver",
-    "TORCH_LINALG_PREFER_MAGMA": "replaces a solver",
-    "TORCH_CUDNN_USE_HEURISTIC_MODE_B": "changes cuDNN's choice of algorithm",
-    "TORCH_CUDNN_V8_API_DISABLED": "changes cuDNN's choice of algorithm",
-    "PYTORCH_TUNABLEOP_ENABLED": "tunes products at run time",
-    "TORCH_COMPILE_DISABLE": "replaces compiled code",
-    "TORCHDYNAMO_DISABLE": "replaces compiled code",
-    "TORCHINDUCTOR_MAX_AUTOTUNE": "tunes kernels at run time",
-    "TORCHINDUCTOR_MAX_AUTOTUNE_GEMM": "tunes kernels at run time",
-    "TORCHINDUCTOR_COORDINATE_DESCENT_TUNING": "tunes kernels at run time",
-    "TORCHINDUCTOR_EMULATE_PRECISION_CASTS": "changes the rounding of compiled code",
-    "CUDA_FORCE_PTX_JIT": "has the driver compile kernels again",
-    "NCCL_ALGO": "decides the order of NCCL's sums",
-    "NCCL_PROTO": "decides the order of NCCL's sums",
-    "NCCL_COLLNET_ENABLE": "decides the order of NCCL's sums",
-    "NCCL_MIN_NCHANNELS": "decides the order of NCCL's sums",
-    "NCCL_MAX_NCHANNELS": "decides the order of NCCL's sums",
-    "NCCL_MIN_CTAS": "decides the order of NCCL's sums",
-    "NCCL_MAX_CTAS": "decides the order of NCCL's sums",
-    "NCCL_NTHREADS": "decides the order of NCCL's sums",
-    "NCCL_BUFFSIZE": "decides the order of NCCL's sums",
-    "NCCL_TUNER_PLUGIN": "decides the order of NCCL's sums",
-    "NCCL_TUNER_CONFIG_FILE": "decides the order of NCCL's sums",
-    "NCCL_CONF_FILE": "can set any of NCCL's variables",
-    "TRITON_INTERPRET": "replaces Triton's compiler by an interpreter",
-    "TRITON_F32_DEFAULT": "switches TF32 in Triton's products",
-    "TRITON_DEFAULT_FP_FUSION": "switches the fusion of multiply and add",
-    "TRITON_KERNEL_OVERRIDE": "replaces compiled kernels",
-    "TRITON_PTXAS_PATH": "replaces Triton's assembler",
-    "TRITON_LIBDEVICE_PATH": "replaces Triton's library of functions",
-    "DISABLE_PTXAS_OPT": "changes the assembler's optimisation",
-    "DISABLE_LLVM_OPT": "changes the compiler's optimisation",
-    "MKL_CBWR": "decides which of MKL's code paths may be chosen",
-    "MKL_DEBUG_CPU_TYPE": "decides which of MKL's code paths may be chosen",
-    "MKL_ENABLE_INSTRUCTIONS": "decides which of MKL's code paths may be chosen",
-    "MKL_NUM_STRIPES": "decides how MKL divides a product",
-    "MKL_DYNAMIC": "lets MKL use other numbers of threads than the plan's",
-    "MKL_DOMAIN_NUM_THREADS": "lets MKL use other numbers of threads than the plan's",
-    "ONEDNN_MAX_CPU_ISA": "decides which of oneDNN's code paths may be chosen",
-    "ONEDNN_CPU_ISA_HINTS": "decides which of oneDNN's code paths may be chosen",
-    "ONEDNN_DEFAULT_FPMATH_MODE": "lets oneDNN lower the precision",
-    "DNNL_MAX_CPU_ISA": "decides which of oneDNN's code paths may be chosen",
-    "DNNL_CPU_ISA_HINTS": "decides which of oneDNN's code paths may be chosen",
-    "DNNL_DEFAULT_FPMATH_MODE": "lets oneDNN lower the precision",
-    "ATEN_CPU_CAPABILITY": "decides which of torch's CPU kernels are used",
-    "OPENBLAS_CORETYPE": "decides which of OpenBLAS's kernels are used",
-    "NPY_DISABLE_CPU_FEATURES": "decides which of numpy's kernels are used",
-    "NPY_ENABLE_CPU_FEATURES": "decides which of numpy's kernels are used",
-    "GLIBC_TUNABLES": "can decide which of libm's functions are used",
-    "OMP_DYNAMIC": "lets OpenMP use fewer threads than the plan's",
-    "OMP_THREAD_LIMIT": "lets OpenMP use fewer threads than the plan's",
-    "OMP_SCHEDULE": "decides how OpenMP divides loops",
-    "KMP_DYNAMIC_MODE": "lets OpenMP use fewer threads than the plan's",
-    "KMP_ALL_THREADS": "lets OpenMP use fewer threads than the plan's",
-    "KMP_DEVICE_THREAD_LIMIT": "lets OpenMP use fewer threads than the plan's",
-    "KMP_TEAMS_THREAD_LIMIT": "lets OpenMP use fewer threads than the plan's",
-    "KMP_DETERMINISTIC_REDUCTION": "decides the order of OpenMP's sums",
-    "KMP_FORCE_REDUCTION": "decides the order of OpenMP's sums",
-}
-
-# Families whose other members are recorded, and change no bit.
-FAMILIES = (
-    "NCCL_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_", "TORCH", "PYTORCH_", "TRITON_", "MKL_", "ONEDNN_", "DNNL_",
-    "ATEN_", "OMP_", "KMP_", "GOMP_", "OPENBLAS_", "NPY_", "GLOO_", "MALLOC_",
-)  # fmt: skip
-RECORDED = ("LD_PRELOAD", "LD_LIBRARY_PATH", "PYTHONHASHSEED")
 
 # What `require` itself sets, for the CUDA targets: the workspace that makes cuBLAS repeatable.
 CUBLAS_WORKSPACE = ":4096:8"

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "experts": {"kernels", "rdep"},  # grouped by rdep's layout
     "rdep": {"kernels"},
     "model": {"kernels", "experts", "rdep"},
-    "platform": set(),
+    "platform": {"variables"},
+    "variables": set(),
     "graph": {"plan", "registry", "platform"} | RUNTIME,
     "checkpoint": {"plan", "registry", "platform"} | RUNTIME,
     "eval": {"plan", "registry"} | RUNTIME,
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"train", "graph", "checkpoint", "eval", "report", "bench", "export", "plan", "registry", "platform"}
     | RUNTIME,
 }
-LIGHT = {"", "errors", "part", "sharding", "slices", "rng", "registry", "plan", "cli", "__main__"}
+LIGHT = {"", "errors", "variables", "part", "sharding", "slices", "rng", "registry", "plan", "cli", "__main__"}
 
 
 def modules():

@@ -3,8 +3,9 @@
 A record has two parts. `exact` holds what can change bits: the source files that take part in the
 arithmetic, each by its hash; the versions of Python, of the C library (schedules use its functions)
 and of the numerical libraries; the device, or on the cpu target the CPU with its vector extensions,
-caches and threads, by which libraries choose their code; the switches of determinism and precision
-as torch reports them. `recorded` holds what cannot: host, driver, paths, process, variables.
+caches and threads, by which libraries choose their code, and what that code computes
+(`nmoe.checkpoint.arithmetic`); the switches of determinism and precision as torch reports them.
+`recorded` holds what cannot: host, driver, paths, process, variables.
 
 A run goes on from a checkpoint only if every entry of `exact` is as it was. Where one is not, the
 table says which, and `--new-lineage` goes on openly as a new line of states.
@@ -66,7 +67,10 @@ def record(target: str) -> dict[str, Any]:
         "git_commit": _git_commit(),
     }
     if target == "cpu":
+        from nmoe.checkpoint import arithmetic
+
         exact["cpu"] = platform.cpu_facts()
+        exact["arithmetic"] = arithmetic.results()
     else:
         exact["device"] = platform.device_facts(target)
         exact["cuda"] = _cuda_versions()

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from nmoe.checkpoint import environment
+from nmoe.checkpoint import arithmetic, environment
 from nmoe.checkpoint.manifest import plain
 from nmoe.errors import RunError
 
@@ -62,7 +62,7 @@ def test_another_process_on_this_machine_has_it_too(record):
     ("path", "value"),
     [
         ("libraries.torch", "2.99"), ("torch.threads", 64), ("cpu.isa", ["avx"]), ("source.rng.py", "0" * 64),
-        ("libc", "musl"), ("torch.deterministic_algorithms", "x"),
+        ("libc", "musl"), ("torch.deterministic_algorithms", "x"), ("arithmetic.exp", "0" * 16),
     ],
 )  # fmt: skip
 def test_each_difference_is_refused_by_name(record, path, value):
@@ -105,6 +105,31 @@ def test_the_table_is_aligned_and_keeps_both_ends_of_long_values():
     assert lines[0].split() == ["what", "then", "now"]
     assert len({line.index(word) for line, word in zip(lines[:2], ("then", "2.11"), strict=True)}) == 1
     assert lines[2].endswith("b")
+
+
+def test_the_arithmetic_itself_is_in_it(record):
+    """Whatever has chosen other code, a variable that nobody has thought of, say, its results are other bits."""
+    torch.set_num_threads(1)
+    assert arithmetic.results() == record["exact"]["arithmetic"]
+    assert arithmetic.results() == arithmetic.results()
+    torch.set_num_threads(3)
+    try:
+        threads = arithmetic.results()
+    finally:
+        torch.set_num_threads(1)
+    assert threads["sum"] != record["exact"]["arithmetic"]["sum"]
+    assert threads["denormal"] == record["exact"]["arithmetic"]["denormal"]
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU cannot be told to flush denormals")
+def test_a_switch_that_torch_does_not_tell_of_is_seen(record):
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    try:
+        now = environment.record("cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert "arithmetic.denormal" in {difference.what for difference in environment.compare(record, now)}
 
 
 def test_a_changed_source_file_is_seen_and_others_are_not(tmp_path):
