@@ -39,6 +39,11 @@ NOT_ARITHMETIC = (
 )  # fmt: skip
 LIBRARIES = ("numpy", "triton")  # beside torch
 COLUMN = 44
+# Of `recorded`: another one at every start.
+PASSING = (
+    "boot_id", "pid", "usable_cpus", "working_directory", "variables.TORCHELASTIC_RESTART_COUNT",
+    "variables.TORCHELASTIC_RUN_ID",
+)  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)

@@ -41,8 +41,6 @@ CAUSES = ("router/bias_min", "router/bias_max", "router/bias_range", "grad/group
 PLACES = {name: place for place, name in enumerate(METRICS)}
 
 SELF = ("output.run_dir", "output.metrics_dir")
-PASSING = ("boot_id", "pid", "working_directory")
-"""Of an environment: of one process alone."""
 
 
 @attrs.frozen(kw_only=True)
@@ -263,7 +261,7 @@ def _environments(a: Run, b: Run, step: int) -> Iterator[Cause]:
         return
     for part, counts in (("exact", True), ("recorded", False)):
         for one in environment.compare(*records, part=part):
-            if one.what not in PASSING:
+            if one.what not in environment.PASSING:
                 yield Cause(kind="environment", what=one.what, a=one.then, b=one.now, counts=counts)
 
 

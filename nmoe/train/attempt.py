@@ -14,6 +14,7 @@ what there is one of, rank 0 writes.
 import signal
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -80,6 +81,8 @@ class Attempt:
         """Verify, build, restore, train, save."""
         config = self.plan.config
         manifest = reader.open_head(self.run_dir.checkpoints, self.control)
+        if manifest is not None:
+            self.control.first("whose checkpoint it is", partial(self.run_dir.require_own, manifest))
         record = self._environment(config.platform.target)
         changes = self._environment_changes(manifest, record, new_lineage=new_lineage)
         self.graph = build(self.plan, self.launch.peers)
@@ -91,6 +94,8 @@ class Attempt:
         if manifest is not None:
             self._require_same_data(manifest.identity.data, data)
             self._restore(manifest)
+            self.run_dir.continue_lineage(manifest.identity.lineage)
+            self._tell_changes(manifest, record, data)
         if changes:
             self.run_dir.begin_lineage(environment.table(changes))
         self.run_dir.lineage = self.control.tell("the lineage", self.run_dir.lineage)
@@ -170,6 +175,23 @@ class Attempt:
                 )
             )
         return changes
+
+    def _tell_changes(self, manifest: Manifest, record: Mapping[str, Any], data: Mapping[str, str]) -> None:
+        """Says what is not as when the checkpoint was saved and cannot change a bit, here and in the run's events."""
+        saved = manifest.identity
+        changes = [
+            one
+            for one in environment.compare(saved.environment, record, part="recorded")
+            if one.what not in environment.PASSING
+        ]
+        if saved.data.get("heldout") != data.get("heldout"):
+            texts = (one.get("heldout", "absent") for one in (saved.data, data))
+            then, now = texts
+            changes.append(environment.Difference(what="held-out text", then=then, now=now))
+        if changes:
+            self.run_dir.event("moved", changes=environment.table(changes))
+            names = ", ".join(one.what for one in changes)
+            self.progress.say(f"not as at the last checkpoint, and without effect on any bit: {names}")
 
     def _wait_for_save(self) -> None:
         """Wait until the save under way is whole on all ranks; a peer that dies meanwhile ends the wait."""

@@ -55,6 +55,7 @@ def train(
         launch = stack.enter_context(launched(plan, process))
         run = _open(plan, config_text, launch, stack)
         if run.is_complete(plan.total_steps):
+            launch.control.first("whose checkpoint it is", run.require_own_head)
             return _outcome(plan, run, launch, None)
         attempt = Attempt(plan, run, launch, stop, observe)
         try:

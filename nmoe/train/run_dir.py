@@ -22,7 +22,9 @@ from typing import Any
 import attrs
 
 from nmoe.checkpoint import disk
+from nmoe.checkpoint.manifest import Manifest
 from nmoe.checkpoint.reader import head_step
+from nmoe.checkpoint.verify import read_kept
 from nmoe.errors import fail
 from nmoe.plan.diff import differing, flat
 from nmoe.plan.fingerprint import is_outside
@@ -60,6 +62,15 @@ class FollowedRun:
     def record_environment(self, record: Mapping[str, Any]) -> None:
         """Rank 0's is the same, or the ranks would not go on."""
 
+    def require_own(self, manifest: Manifest) -> None:
+        """Rank 0 does."""
+
+    def require_own_head(self) -> None:
+        """Rank 0 does."""
+
+    def continue_lineage(self, lineage: str) -> None:
+        """Rank 0 does, and tells."""
+
     def begin_lineage(self, changes: list[str]) -> None:
         """Rank 0 does, and tells."""
 
@@ -85,6 +96,8 @@ class RunDir:
             if stored is not None:
                 _check_same(path, stored, plan)
             self.continues = past.attempt > 0
+            self.fingerprint, self.sections = plan.fingerprint, plan.sections
+            self.lineages = {event["lineage"] for event in past.events}
             self.lineage = past.lineage or uuid.uuid4().hex
             self.attempt = past.attempt + 1
             failure.clear(path)
@@ -127,6 +140,37 @@ class RunDir:
     def record_environment(self, record: Mapping[str, Any]) -> None:
         """Writes env.json: the environment record of this attempt."""
         self._write(ENVIRONMENT, json.dumps(record, indent=1) + "\n")
+
+    def require_own(self, manifest: Manifest) -> None:
+        """RunError N0513 unless a checkpoint is this run's: of its plan, and of a line of states that it has had."""
+        identity, notes = manifest.identity, []
+        if identity.fingerprint != self.fingerprint:
+            found = differing(dict(identity.sections), dict(self.sections))
+            names = [f"[{name}]" for name, _, _ in found if not is_outside(name)]
+            what = f"is of another plan, which differs in {', '.join(names) or 'the table of sections'}"
+            notes = [f"there {identity.fingerprint}", f"here  {self.fingerprint}"]
+        elif identity.lineage not in self.lineages:
+            what = "is of a line of states that this run never had"
+            notes = [f"there {identity.lineage}", *(f"here  {lineage}" for lineage in sorted(self.lineages))]
+        else:
+            return
+        raise fail(
+            "N0513", f"the checkpoint of step {manifest.step} {what}", place=str(self.checkpoints),
+            help=f"it was saved by `{identity.run}`: put this run's own `{CHECKPOINTS}` back",
+            notes=notes,
+        )  # fmt: skip
+
+    def require_own_head(self) -> None:
+        """The same of the checkpoint that HEAD names; whether it is whole is not looked at."""
+        kept = read_kept(self.checkpoints)
+        if kept.head is not None and kept.head.step in kept.manifests:
+            self.require_own(kept.manifests[kept.head.step][0])
+
+    def continue_lineage(self, lineage: str) -> None:
+        """Goes on in the line of the checkpoint: not in one that was begun after it and has left none, or was left."""
+        if lineage != self.lineage:
+            left, self.lineage = self.lineage, lineage
+            self.event("lineage_back", left=left)
 
     def begin_lineage(self, changes: list[str]) -> None:
         """Goes on openly as a new line of states; `changes` says what is no longer as it was."""

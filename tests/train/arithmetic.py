@@ -5,6 +5,7 @@ import itertools
 import attrs
 import torch
 
+from nmoe.checkpoint import environment
 from nmoe.data.loader import Loader
 from nmoe.optim.reduction import Reduction
 from nmoe.train import attempt, step
@@ -74,7 +75,13 @@ def other_microbatch() -> None:
     attempt.run_step = run_step
 
 
+def other_source() -> None:
+    """The environment record says that a file of the arithmetic is another; it is not."""
+    read = environment.source_hashes
+    environment.source_hashes = lambda: {**read(), "model/moe.py": "0" * 64}
+
+
 ODD = {
     "cancelling": cancelling, "short documents": short_documents,
-    "other order": other_order, "other microbatch": other_microbatch,
+    "other order": other_order, "other microbatch": other_microbatch, "other source": other_source,
 }  # fmt: skip

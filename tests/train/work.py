@@ -21,12 +21,14 @@ _hashes = environment.source_hashes()
 environment.source_hashes = lambda: _hashes
 
 
-def training(*, rank, ranks, store, config, sets, log, kind="file", who=None, fault="", odd="", more=None):
+def training(
+    *, rank, ranks, store, config, sets, log, kind="file", who=None, fault="", odd="", more=None, new_lineage=False
+):
     """The exit status of `nmoe train`.
 
     kind: of the store; a file outlives all ranks, as torchrun's store does, "tcp" is served by rank 0. who, fault:
     the rank that goes wrong, and how. odd: what is odd about the arithmetic of all ranks, with commas between.
-    more: keys of single ranks, by rank. log: directory for what each rank writes.
+    more: keys of single ranks, by rank. new_lineage: --new-lineage. log: directory for what each rank writes.
     """
     speak_into(Path(log) / f"{rank}.txt")
     if ranks > 1:
@@ -38,7 +40,8 @@ def training(*, rank, ranks, store, config, sets, log, kind="file", who=None, fa
     if rank == who:
         faults.arm(fault)
     own = (more or {}).get(str(rank), [])
-    return run(["train", config, *(word for item in [*sets, *own] for word in ("--set", item))])
+    words = ["train", config, *(word for item in [*sets, *own] for word in ("--set", item))]
+    return run([*words, *(["--new-lineage"] if new_lineage else [])])
 
 
 def speak_into(path):
