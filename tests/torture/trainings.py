@@ -35,8 +35,12 @@ _fsync = os.fsync
 
 @attrs.frozen(kw_only=True)
 class Straight:
-    """What the run that nothing happened to left. files: names below its disk, without what was set aside."""
+    """What the run that nothing happened to left. files: names below its disk, without what was set aside.
 
+    sets: keys that it was trained with, and that those have which are compared with it.
+    """
+
+    sets: tuple[str, ...]
     left: list[tuple]
     files: set[str]
 
@@ -50,7 +54,7 @@ class Ended:
     seconds: float
 
 
-def begin(directory: Path) -> Straight:
+def begin(directory: Path, *sets: str) -> Straight:
     """Make this process one that forks trainings, by the straight run, on the disk `directory`/straight."""
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -67,8 +71,8 @@ def begin(directory: Path) -> Straight:
     control.LEAVE_S = CLOSE_S
     work.speak_into(directory / "straight.txt")
     disk = directory / "straight"
-    assert run(command(disk)) == 0, (directory / "straight.txt").read_text()
-    straight = Straight(left=left(disk), files=files(disk))
+    assert run(command(disk, *sets)) == 0, (directory / "straight.txt").read_text()
+    straight = Straight(sets=sets, left=left(disk), files=files(disk))
     gc.collect()
     gc.freeze()
     return straight
@@ -136,7 +140,7 @@ def whole(disk: Path) -> tuple[int, str]:
 
 def going_on(disk: Path, straight: Straight, ranks: int = 1) -> str:
     """`nmoe train` again, to the end: what is not as the straight run left it, if anything is not."""
-    ended = attempt(disk, ranks)
+    ended = attempt(disk, ranks, sets=straight.sets)
     if ended.ends != ["exit 0"] * ranks:
         return f"did not go on: {ended.ends} {' '.join(ended.said)[-2000:]}"
     report = verify(disk / "run" / "checkpoints", threads=1)
