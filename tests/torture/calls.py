@@ -1,4 +1,4 @@
-"""The system calls that can change files: their numbers on each kind of processor, where their arguments are, their names.
+"""The system calls that can change files: their numbers, where their arguments are, what they go by.
 
 As <asm/unistd.h> and the manual's section 2 have them; x86-64 and aarch64.
 """

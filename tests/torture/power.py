@@ -26,15 +26,14 @@ from nmoe.train import events
 from tests.torture import lossy, trainings
 from tests.torture.calls import Call
 from tests.torture.campaign import Batch, Tally
-from tests.torture.crash import DONE, cut_while_saving
+from tests.torture.crash import cut_while_saving, only_fsync
 from tests.torture.lossy import Disk, Tree
-from tests.torture.tracer import MADE, Do
 from tests.torture.trainings import Straight
 
 TITLE = "power-loss states: after each system call what fsync promised, and any part of the rest / lost or another end"
 PARTS = 12
 SAMPLE = 150
-OTHERS = 80
+OTHERS = 160
 """After a kill, every state with as little as the disk may keep, and every so manieth of the others."""
 TOLD = "told"
 """A file beside the run, to which the ranks write what they take for saved; it is no part of the disk that is cut."""
@@ -143,11 +142,8 @@ def record(disk: Path, ranks: int, *sets: str) -> list[tuple[Call, int]]:
     """The calls of an attempt on `disk` with their results, in order; among them what is told as saved."""
     found: list[tuple[Call, int]] = []
 
-    def decide(call: Call) -> Do:
-        return DONE if call.name == "fsync" else MADE
-
     ended = trainings.attempt(
-        disk, ranks, decide, told=lambda call, result: found.append((call, result)), traced=range(ranks),
+        disk, ranks, only_fsync, told=lambda call, result: found.append((call, result)), traced=range(ranks),
         prepare=partial(tell_what_is_saved, disk / TOLD), sets=sets,
     )  # fmt: skip
     assert ended.ends == ["exit 0"] * ranks, ended
