@@ -63,7 +63,7 @@ MACHINES = {
     ),
 }  # fmt: skip
 
-DRAWN = re.compile(r"\.[0-9a-f]{16}(\.\d+)?$|(?<=/tmp/step_\d{8})\.\d+(?=$|/)")
+DRAWN = re.compile(r"\.[0-9a-f]{16}(\.\d+)?$|(?<=tmp/step_\d{8})\.\d+(?=$|/)")
 
 
 @attrs.frozen(kw_only=True)

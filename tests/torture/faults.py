@@ -2,7 +2,7 @@
 
 After a failure: status 1 and a diagnostic, never a traceback; HEAD where it was or further, all checkpoints whole;
 error.json says it, where the run's directory had been opened and the disk takes it. When the fault has gone the same
-command comes to the straight run's end. A write that is cut short, and a call that is interrupted, are no failure at all.
+command comes to the straight run's end. A write that is cut short and a call that is interrupted are no failures at all.
 """
 
 import errno
@@ -22,7 +22,7 @@ from tests.torture.tracer import Do
 from tests.torture.trainings import Straight
 
 TITLE = "faults: ENOSPC, EIO, EDQUOT, EROFS, short writes, EINTR at each system call, once or for good / not survived"
-PARTS = 16
+PARTS = 8
 SAMPLE = 260
 ERRORS = {
     "open": ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EMFILE"),
@@ -62,8 +62,8 @@ def batches(sample: bool) -> list[Batch]:
         return [Batch(name, partial(_batch, scene, 0, SAMPLE)) for name, scene in list(SCENES.items())[1:3]]
     return [
         Batch(f"{name}, {part + 1}/{PARTS}", partial(_batch, scene, part, PARTS))
-        for name, scene in SCENES.items()
         for part in range(PARTS)
+        for name, scene in SCENES.items()
     ]
 
 

@@ -126,7 +126,8 @@ def _some(file: File, draw: random.Random) -> bytes:
     """Content of which all that is not certain may be missing, or an end of it, or that end is room without content."""
     if file.now == file.certain:
         return file.certain
-    same = len(os.path.commonprefix([file.now, file.certain]))
+    pairs = zip(file.now, file.certain, strict=False)
+    same = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(file.now), len(file.certain)))
     part = file.now[: draw.randrange(same, len(file.now) + 1)]
     return draw.choice((file.certain, file.now, part, part.ljust(len(file.now), b"\0")))
 

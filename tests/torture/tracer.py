@@ -27,7 +27,7 @@ import attrs
 from tests.torture.calls import MACHINES, NAMES, SHAPES, Call, Machine
 
 TRACEME, CONT, SYSCALL, SETOPTIONS, GETREGSET, SETREGSET, GET_SYSCALL_INFO = 0, 7, 24, 0x4200, 0x4204, 0x4205, 0x420E
-OPTIONS = 0x1 | 0x2 | 0x4 | 0x8 | 0x80 | 0x100000  # stops of calls marked; forks, clones, seccomp; killed with the tracer
+OPTIONS = 0x1 | 0x2 | 0x4 | 0x8 | 0x80 | 0x100000  # calls' stops marked; forks, clones, seccomp; killed with the tracer
 SECCOMP_STOP, EXIT_STOP, WALL = signal.SIGTRAP | 7 << 8, signal.SIGTRAP | 0x80, 0x40000000
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, FILTER, RET_TRACE, RET_ALLOW = 22, 38, 2, 0x7FF00000, 0x7FFF0000
 AT_FDCWD, AT_REMOVEDIR = -100, 0x200
@@ -70,7 +70,8 @@ def run(
     """
     machine = MACHINES.get(os.uname().machine)
     if machine is None or sys.platform != "linux":
-        raise NotPermitted(f"the tracer knows Linux on {' and '.join(MACHINES)}, not {sys.platform} {os.uname().machine}")
+        known = " and ".join(MACHINES)
+        raise NotPermitted(f"the tracer knows Linux on {known}, not {sys.platform} on {os.uname().machine}")
     wanted = set(range(len(bodies)) if traced is None else traced)
     pids = {_fork(body, machine if rank in wanted else None): rank for rank, body in enumerate(bodies)}
     tracer = _Tracer(machine, pids, Path(directory).resolve(), decide, told)
@@ -326,7 +327,7 @@ class _Tracer:
 
 def _link(path: str) -> str:
     try:
-        return os.readlink(path)
+        return str(Path(path).readlink())
     except OSError:
         return ""
 

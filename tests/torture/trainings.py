@@ -26,7 +26,7 @@ from tests.train import work
 from tests.train.launches import Launches, first_difference
 
 SMALL = Path(__file__).with_name("small.toml")
-EVERY, STEPS = 2, 6
+STEPS = 3
 CLOSE_S = 0.5  # that the first rank stays for one that is dead; the store is a file, and holds without it
 
 _numbers = itertools.count()
