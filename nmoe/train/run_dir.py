@@ -168,7 +168,7 @@ class RunDir:
             raise fail("N0313", "`run_dir` is not a directory", place=str(self.path), help="name another one")
         disk.make_directory(self.path)
         known = {CHECKPOINTS, *FILES, *(f"{name}.tmp" for name in FILES)}
-        names = (entry.name for entry in self.path.iterdir() if not entry.match(failure.PATTERN))
+        names = (entry.name for entry in self.path.iterdir() if not any(map(entry.match, failure.PATTERNS)))
         foreign = sorted(name for name in names if name not in known)
         if foreign and not (self.path / "plan.json").exists():
             raise fail(

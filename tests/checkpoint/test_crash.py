@@ -113,10 +113,8 @@ def test_the_played_power_cut_can_tell_a_missing_fsync(tmp_path, tool, forgotten
     played = lossy.Disk(lossy.read(directory))
     calls = calls_of_saving(directory, tool, 2)
     new = {call.target.rpartition("/")[0] for call, _ in calls if call.name == "rename"}
-    missing = next(
-        one for one in calls
-        if one[0].name == "fsync" and one[0].path.startswith(forgotten) and (kept == "entries kept" or one[0].path in new)
-    )  # fmt: skip
+    synced = [one for one in calls if one[0].name == "fsync" and one[0].path.startswith(forgotten)]
+    missing = next(one for one in synced if one[0].path in new or kept == "entries kept")
     for call, result in calls:
         if (call, result) != missing:
             played.apply(call, result)

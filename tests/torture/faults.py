@@ -2,7 +2,7 @@
 
 After a failure: status 1 and a diagnostic, never a traceback; HEAD where it was or further, all checkpoints whole;
 error.json says it, where the run's directory had been opened and the disk takes it. When the fault has gone the same
-command comes to the straight run's end. A write that is cut short and a call that is interrupted are no failures at all.
+command comes to the straight run's end. A write that is cut short and a call that is interrupted are no failure.
 """
 
 import errno
@@ -40,7 +40,7 @@ ERRORS = {
 
 SURVIVED = {"write": ("one byte", "half", "EINTR"), "open": ("EINTR",), "fsync": ("EINTR",), "flock": ("EINTR",)}
 FULL = ("open", "write", "mkdir", "rename", "fsync")
-"""What a full disk refuses; it can still remove."""
+"""What a full disk may refuse; from then on it does so where there is content to be kept, and for directories."""
 
 FOR_GOOD = "ENOSPC from then on"
 NOT_OURS = ("run", "run/lock", "run/owner.json.tmp", "run/owner.json", ".")
@@ -107,7 +107,7 @@ def _try(scene: Scene, straight: Straight, disk: Path, fault: Fault) -> str:
             if fault.how in ("one byte", "half"):
                 return Do(most=1 if fault.how == "one byte" else max(call.count // 2, 1))
             return Do(answer=-getattr(errno, fault.how.split()[0]))
-        if met and fault.how == FOR_GOOD and call.name in FULL and _takes_room(call):
+        if met and fault.how == FOR_GOOD and call.name in ("write", "mkdir", "fsync"):
             return Do(answer=-errno.ENOSPC)
         return only_fsync(call)
 
@@ -122,10 +122,6 @@ def _try(scene: Scene, straight: Straight, disk: Path, fault: Fault) -> str:
     if now < head:
         wrong = wrong or f"HEAD went back from step {head} to step {now}"
     return wrong or faults or trainings.going_on(disk, straight, scene.ranks)
-
-
-def _takes_room(call: Call) -> bool:
-    return call.name != "open" or bool(call.flags & os.O_CREAT)
 
 
 def _failure(ended: trainings.Ended, disk: Path, fault: Fault) -> str:
