@@ -19,7 +19,7 @@ from tests.torture.trainings import Straight
 
 TITLE = "crash points: SIGKILL before, in and after each system call of a training, 1 and 2 ranks / another end"
 PARTS = 8
-SAMPLE = 120  # every so manieth point
+SAMPLE = 150  # every so manieth point
 DONE = Do(answer=0)
 
 

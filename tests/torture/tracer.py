@@ -79,7 +79,8 @@ def run(
     def end() -> None:
         for pid, rank in pids.items():
             if rank not in tracer.ends:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it could not be traced, and has ended
+                    os.kill(pid, signal.SIGKILL)
 
     timer = threading.Timer(limit_s, end)
     try:
