@@ -56,8 +56,14 @@ def naming(action: str, path: Path) -> Iterator[None]:
 
 
 def make_directory(path: Path) -> None:
-    """Makes `path` and what is missing above it, each entry durable in its parent."""
+    """Makes `path` and what is missing above it, each entry durable in its parent.
+
+    One that is there may be the work of a process that was killed before its entry was durable, so the parent is
+    synced all the same; but not where this user could not have made it, as above a mounted file system.
+    """
     if path.is_dir():
+        if os.access(path.parent, os.R_OK | os.W_OK | os.X_OK):
+            sync_directory(path.parent)
         return
     if path.parent != path:
         make_directory(path.parent)

@@ -17,7 +17,7 @@ from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.manifest import Manifest
 from nmoe.checkpoint.parts import Span
-from nmoe.checkpoint.verify import check_object, nothing, read_manifest
+from nmoe.checkpoint.verify import check_object, nothing, read_head, read_manifest
 from nmoe.errors import fail
 from nmoe.part import Part
 from nmoe.slices import boundaries
@@ -135,6 +135,36 @@ def retain(
     durably before this is called. Manifests go first, durably, so that none ever lacks its objects.
     alive: called as the work goes on.
     """
+    kept, removed = _sort(directory, head, keep)
+    for one in removed:
+        # One rename, so that nobody ever sees a checkpoint that is half gone.
+        gone = layout.temporary_directory(directory) / f"step_{one.step:08d}.{os.getpid()}"
+        disk.rename(layout.step_directory(directory, one.step), gone)
+        disk.sync_directory(directory)
+        disk.remove_tree(gone)
+        alive()
+    for entry in _unneeded(directory, kept):
+        disk.remove(entry)
+        alive()
+    return tuple(removed)
+
+
+def left_over(directory: Path, *, keep: int) -> bool:
+    """Whether there is what belongs to no kept checkpoint, as a save leaves it that was cut short after HEAD moved.
+
+    True too where HEAD's manifest cannot be read: who goes on to open it says why.
+    """
+    try:
+        head = read_head(directory)
+        manifest = None if head is None or head.manifest is None else read_manifest(directory, head.step)[0]
+    except Damage:
+        return True
+    kept, removed = _sort(directory, manifest, keep)
+    return bool(removed or _unneeded(directory, kept) or list(layout.temporary_directory(directory).glob("*")))
+
+
+def _sort(directory: Path, head: Manifest | None, keep: int) -> tuple[list[Manifest], list[Removed]]:
+    """The checkpoints that stay, and those that go with the reason."""
     kept = [] if head is None else [head]
     removed: list[Removed] = []
     for step in reversed(layout.steps_on_disk(directory)):
@@ -150,19 +180,15 @@ def retain(
                 continue
             except Damage as damage:
                 reason = f"not intact: {damage}"
-        # One rename, so that nobody ever sees a checkpoint that is half gone.
-        gone = layout.temporary_directory(directory) / f"step_{step:08d}.{os.getpid()}"
-        disk.rename(layout.step_directory(directory, step), gone)
-        disk.sync_directory(directory)
-        disk.remove_tree(gone)
         removed.append(Removed(step=step, reason=reason))
-        alive()
+    return kept, removed
+
+
+def _unneeded(directory: Path, kept: Iterable[Manifest]) -> list[Path]:
+    """Objects that none of `kept` needs."""
     needed = {sha256 for manifest in kept for sha256 in manifest.objects}
-    for entry in layout.objects_directory(directory).glob("*/*"):
-        if entry.name not in needed and layout.DIGEST.fullmatch(entry.name):
-            disk.remove(entry)
-            alive()
-    return tuple(removed)
+    found = layout.objects_directory(directory).glob("*/*")
+    return [entry for entry in found if entry.name not in needed and layout.DIGEST.fullmatch(entry.name)]
 
 
 def require_objects(directory: Path, manifest: Manifest) -> None:

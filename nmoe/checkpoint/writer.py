@@ -102,6 +102,7 @@ class CheckpointWriter:
         disk.make_directory(layout.objects_directory(self.directory))
         if layout.temporary_directory(self.directory).exists():
             disk.remove_tree(layout.temporary_directory(self.directory))
+        # This makes HEAD durable too, as `retain` needs it: who moved it last may have been killed before.
         disk.make_directory(layout.temporary_directory(self.directory))
         head, manifest = self._read_head()
         removed = retain(self.directory, manifest, keep=self.keep, alive=self._control.alive)

@@ -101,6 +101,19 @@ def sync(directory: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Makes `path` and what is missing above it, each name durable in its parent. OSError as it comes.
+
+    As in `nmoe.checkpoint.disk`: what a killed process has made may not be durable yet.
+    """
+    if not path.is_dir():
+        make_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+    elif os.access(path.parent, os.R_OK | os.W_OK | os.X_OK):
+        sync(path.parent)
+
+
 def read(path: Path, *, step: int, run: str) -> pa.Table:
     """One file, every page checked; RunError N0403 if it is not that step of that run, whole."""
     try:

@@ -63,7 +63,7 @@ class Sink:
         self._failure: BaseException | None = None
         self._closed = False
         try:
-            self._make_directory()
+            ledger.make_directory(self.directory)
             for path in ledger.torn_files(self.directory):
                 path.unlink()
             found = ledger.files(self.directory)
@@ -173,12 +173,6 @@ class Sink:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-    def _make_directory(self) -> None:
-        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-        for path in reversed(missing):
-            path.mkdir(exist_ok=True)
-            ledger.sync(path.parent)
 
     def _free(self, attempt: str, name: str) -> Path:
         """A path below superseded/ that no file has: an attempt that was itself cut off twice keeps both."""

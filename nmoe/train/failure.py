@@ -14,7 +14,7 @@ from nmoe.checkpoint import disk
 from nmoe.errors import NmoeError
 from nmoe.train.run_lock import now
 
-PATTERN = "error*.json"
+PATTERNS = ("error*.json", "error*.json.tmp")  # the second: there was no room to write the first
 
 
 def path(run: Path, rank: int) -> Path:
@@ -43,5 +43,6 @@ def record(run: Path, error: BaseException, *, rank: int, ranks: int, lineage: s
 
 def clear(run: Path) -> None:
     """Remove what the attempt before has left."""
-    for file in run.glob(PATTERN):
-        disk.remove(file)
+    for pattern in PATTERNS:
+        for file in run.glob(pattern):
+            disk.remove(file)

@@ -8,6 +8,9 @@ from typing import Any
 import attrs
 
 from nmoe import platform
+from nmoe.checkpoint.objects import left_over
+from nmoe.checkpoint.reader import open_head
+from nmoe.checkpoint.writer import CheckpointWriter
 from nmoe.errors import ConfigError, Diagnostic
 from nmoe.metrics.reader import last_value
 from nmoe.plan.plan import Plan
@@ -56,6 +59,7 @@ def train(
         run = _open(plan, config_text, launch, stack)
         if run.is_complete(plan.total_steps):
             launch.control.first("whose checkpoint it is", run.require_own_head)
+            _clear(run, launch, keep=plan.config.output.keep_checkpoints)
             return _outcome(plan, run, launch, None)
         attempt = Attempt(plan, run, launch, stop, observe)
         try:
@@ -93,6 +97,17 @@ def _open(plan: Plan, config_text: str, launch: Launch, stack: ExitStack) -> Run
     if mine:
         return mine[0]
     return FollowedRun(path=Path(told["path"]), lineage=told["lineage"], attempt=told["attempt"])
+
+
+def _clear(run: RunDir | FollowedRun, launch: Launch, *, keep: int) -> None:
+    """No attempt follows the last, so what a kill in its last save's retention has left goes here, if there is any.
+
+    As at a start: only after all that HEAD stands for has been verified.
+    """
+
+    if launch.control.first("looking for what a kill has left", lambda: left_over(run.checkpoints, keep=keep)):
+        open_head(run.checkpoints, launch.control)
+        CheckpointWriter(run.checkpoints, keep=keep, control=launch.control)
 
 
 def require_runnable(plan: Plan) -> None:

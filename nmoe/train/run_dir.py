@@ -21,6 +21,7 @@ from typing import Any
 
 import attrs
 
+from nmoe import platform
 from nmoe.checkpoint import disk
 from nmoe.checkpoint.manifest import Manifest
 from nmoe.checkpoint.reader import head_step
@@ -90,7 +91,6 @@ class RunDir:
         self._stack.__enter__()
         try:
             before = self._claim()
-            torn = events.repair(path)
             past = events.read(path)
             stored = self._stored_plan(past)
             if stored is not None:
@@ -100,20 +100,35 @@ class RunDir:
             self.lineages = {event["lineage"] for event in past.events}
             self.lineage = past.lineage or uuid.uuid4().hex
             self.attempt = past.attempt + 1
-            failure.clear(path)
-            self.event("start", fingerprint=plan.fingerprint, tree_digest=plan.tree_digest)
-            if torn:
-                self.event("repair", file=events.NAME, removed=torn[:1000])
-            if before is not None:
-                self.event("takeover", owner=str(before))
-            if stored is not None and stored["tree_digest"] != plan.tree_digest:
-                self.event("changed", keys=[_line(*item) for item in _differing(stored, plan)])
-            self._write("config.toml", config_text)
-            self._write("resolved.toml", toml_of(plan.tree))
-            self._write(PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
+            try:
+                self._start(plan, config_text, before, stored)
+            except BaseException as error:
+                # From here on the directory is this run's own, and the place where people look for the reason.
+                failure.record(
+                    path, error, rank=0, ranks=platform.process().world_size,
+                    lineage=self.lineage, attempt=self.attempt, step=0,
+                )  # fmt: skip
+                raise
         except BaseException:
             self._stack.close()
             raise
+
+    def _start(
+        self, plan: Plan, config_text: str, before: run_lock.Owner | None, stored: dict[str, Any] | None
+    ) -> None:
+        """Makes the directory that of this attempt: what the one before has left goes, events and files say what is."""
+        torn = events.repair(self.path)
+        failure.clear(self.path)
+        self.event("start", fingerprint=plan.fingerprint, tree_digest=plan.tree_digest)
+        if torn:
+            self.event("repair", file=events.NAME, removed=torn[:1000])
+        if before is not None:
+            self.event("takeover", owner=str(before))
+        if stored is not None and stored["tree_digest"] != plan.tree_digest:
+            self.event("changed", keys=[_line(*item) for item in _differing(stored, plan)])
+        self._write("config.toml", config_text)
+        self._write("resolved.toml", toml_of(plan.tree))
+        self._write(PLAN, json.dumps(plan.to_json(), indent=1) + "\n")
 
     @classmethod
     def open(cls, plan: Plan, *, config_text: str) -> "RunDir":
@@ -195,7 +210,7 @@ class RunDir:
             raise fail("N0313", "`run_dir` is not a directory", place=str(self.path), help="name another one")
         disk.make_directory(self.path)
         known = {CHECKPOINTS, *FILES, *(f"{name}.tmp" for name in FILES)}
-        names = (entry.name for entry in self.path.iterdir() if not entry.match(failure.PATTERN))
+        names = (entry.name for entry in self.path.iterdir() if not any(map(entry.match, failure.PATTERNS)))
         foreign = sorted(name for name in names if name not in known)
         if foreign and not (self.path / PLAN).exists():
             raise fail(

@@ -333,6 +333,17 @@ def test_kill_at_any_time_leaves_whole_steps(tmp_path):
     assert len(list(directory.glob("superseded/*"))) > 10
 
 
+def test_a_directory_that_a_killed_process_made_is_made_durable(tmp_path, monkeypatch):
+    """Killed between mkdir and the fsync of the parent, it would else go with a power cut, and all its rows."""
+    (tmp_path / "metrics" / "moonlet").mkdir(parents=True)
+    synced = []
+    monkeypatch.setattr(ledger, "sync", synced.append)
+    opened(tmp_path / "metrics").close()
+    assert synced == [tmp_path / "metrics"]
+    opened(tmp_path / "metrics", run="another").close()
+    assert synced[1:] == [tmp_path, tmp_path / "metrics"]
+
+
 def test_metrics_do_not_depend_on_when_they_are_written(tmp_path):
     """The same rows give the same bytes, so a ledger can be compared by digest."""
     digests = set()

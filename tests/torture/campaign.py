@@ -16,6 +16,7 @@ this code, and then writes results.json and the README's table.
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ import attrs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-SUBJECTS: tuple[str, ...] = ()
+SUBJECTS: tuple[str, ...] = ("crash", "power", "faults")
 BATCH_S = 1800
 
 
@@ -65,11 +66,16 @@ def code() -> str:
     return found.hexdigest()
 
 
-def run(batches: list[Batch], jobs: int = 1) -> Iterator[tuple[Batch, Tally, float]]:
-    """Each batch with what it came to and the seconds that it took, as they end; `jobs` at once."""
+def run(
+    batches: list[Batch], jobs: int = 1, until: float = math.inf
+) -> Iterator[tuple[Batch, Tally, float]]:
+    """Each batch with what it came to and the seconds that it took, as they end; `jobs` at once.
+
+    until: none is begun after that moment of the monotonic clock.
+    """
     waiting, running = list(reversed(batches)), {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
+    while running or (waiting and time.monotonic() < until):
+        while waiting and len(running) < jobs and time.monotonic() < until:
             batch, directory = waiting.pop(), Path(tempfile.mkdtemp(prefix="torture-"))
             sys.stdout.flush()
             child = os.fork()
@@ -110,7 +116,7 @@ def _answer(directory: Path, status: int) -> Tally:
 
 @attrs.frozen(kw_only=True)
 class Total:
-    """Of one subject. code: what it was run on, as `code`; date: of its last batch."""
+    """Of one subject. code: what it was run on, as `code`; date: of its last batch. share: of its batches."""
 
     title: str
     tried: int
@@ -119,15 +125,16 @@ class Total:
     seconds: float
     code: str
     date: str
+    share: float
 
 
 def table(totals: dict[str, Total]) -> str:
-    """For the README: one row a subject."""
+    """For the README: one row a subject that has been tried."""
     rows = ["| what is tried | tried | lost |", "|---|---|---|"]
-    for name in SUBJECTS:
-        total = totals[name]
+    for name, total in ((name, totals[name]) for name in SUBJECTS if name in totals):
         beside = "".join(f"; {key} {value:,.4g}" for key, value in total.notes.items())
-        rows.append(f"| {total.title} (`{name}`) | {total.tried:,} | {len(total.lost)}{beside} |")
+        part = "" if total.share == 1 else f" ({total.share:.0%} of all)"
+        rows.append(f"| {total.title} (`{name}`) | {total.tried:,}{part} | {len(total.lost)}{beside} |")
     return "\n".join(rows)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from nmoe.checkpoint import environment
 from nmoe.checkpoint.format import object_path
-from nmoe.checkpoint.verify import read_manifest
+from nmoe.checkpoint.verify import read_manifest, verify
 from nmoe.cli.main import run as nmoe
 from nmoe.data import corpus
 from nmoe.data.loader import Loader
@@ -49,6 +49,27 @@ def test_a_whole_run_and_again(runs):
     # Rows at the cadence, at evaluations and at the last step; nothing in between.
     steps = sorted({row.step for row in read_rows(runs.metrics / "run")})
     assert steps == [7, 8, 14, 16, 20]
+
+
+def test_what_a_kill_in_the_last_retention_left_goes_when_the_complete_run_is_started_again(runs):
+    few = ("schedule.warmup_tokens=64", "schedule.stable_tokens=64", "schedule.decay_tokens=64",
+           "model.moe.router.bias_until_tokens=64", "output.checkpoint_every=1")  # fmt: skip
+    runs.train("run", *few, "output.keep_checkpoints=3")
+    checkpoints = runs.path("run") / "checkpoints"
+    (checkpoints / "tmp" / "step_00000000.1").mkdir()
+    (checkpoints / "objects" / "ab").mkdir(exist_ok=True)
+    (checkpoints / "objects" / "ab" / ("ab" * 32)).write_bytes(b"nobody's")
+    again = runs.train("run", *few, "output.keep_checkpoints=1")
+    assert (again.exit_code, again.summary.splitlines()[0]) == (0, "complete: 3 steps, nothing left to do")
+    report = verify(checkpoints)
+    assert ([one.step for one in report.checkpoints], report.notes, report.faults) == ([3], (), ())
+    # Where HEAD is damaged nothing is taken away: what lies about may be the way back.
+    (checkpoints / "tmp" / "left").write_bytes(b"")
+    sha256 = next(iter(runs.head("run").objects))
+    object_path(checkpoints, sha256).write_bytes(b"")
+    with pytest.raises(RunError, match="N0303"):
+        runs.train("run", *few, "output.keep_checkpoints=1")
+    assert (checkpoints / "tmp" / "left").exists()
 
 
 def test_stop_after_step_then_further_is_the_straight_run(runs, straight):

@@ -1,5 +1,6 @@
 """A run's directory: one owner, one fingerprint, a history that a kill cannot bend."""
 
+import errno
 import json
 import os
 import signal
@@ -237,6 +238,24 @@ def test_a_broken_record_of_the_owner_is_no_proof(tmp_path, text):
     (tmp_path / "run" / "owner.json").write_text(text)
     with pytest.raises(RunError, match=r"N0312.*cannot be read"):
         open_run(tmp_path / "run")
+
+
+def test_a_start_that_fails_leaves_its_reason_in_the_run_that_it_owns(tmp_path, monkeypatch):
+    full = disk.cannot("write", tmp_path / "run" / "plan.json", OSError(errno.ENOSPC, "No space left on device"))
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "_write", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(RunError, match="N0301"):
+            open_run(tmp_path / "run")
+    said = json.loads((tmp_path / "run" / "error.json").read_text())
+    assert (said["attempt"], said["step"], said["rank"], said["errors"][0]["code"]) == (1, 0, 0, "N0301")
+    assert said["errors"][0]["message"].endswith("no space left on device (ENOSPC)")
+    (tmp_path / "run" / "error.rank1.json.tmp").write_bytes(b"{")  # as a full disk leaves it
+    open_run(tmp_path / "run").close()
+    assert not list((tmp_path / "run").glob("error*"))
+    # A refused plan is not the run's own failure, and leaves no word in it.
+    with pytest.raises(RunError, match="N0315"):
+        open_run(tmp_path / "run", "random.seed=1")
+    assert not (tmp_path / "run" / "error.json").exists()
 
 
 @pytest.mark.parametrize("torn", [b'{"time": "2026', b"{", b'{"event": "x", "note": "\xc3', b"\0\0\0"])
