@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "gate": ("nmoe.cli.gate", "Prove that a killed run continues to the same bits."),
     "verify": ("nmoe.cli.verify", "Check every checkpoint of a run."),
     "export": ("nmoe.cli.export", "Write a run's model for the transformers library."),
+    "bench": ("nmoe.cli.bench", "Measure the parts of a training on this machine."),
     "data": ("nmoe.cli.data", "Prepare token shards from text."),
 }
 
