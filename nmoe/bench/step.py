@@ -5,7 +5,7 @@ vocabulary (`--text`: the packaged text in bytes, as in nmoe.bench.memory; its f
 layers very uneven).
 
     ours            on a GPU the mean over all steps, which follow each other as in a training; on a CPU the least of
-                    single steps, which take turns with the peers' steps
+                    single steps, which take turns with the peers' steps; everybody has a process of their own
     transformers    where a stock class computes the plan's model (nmoe.plan.families): the same tokens, microbatches and
                     state dtypes, warmed up alike; eager and grouped_mm experts, with --compile through torch.compile
     floor           the plan's FLOPs at the rate of a dense product of this run, so that `of the floor` is the MFU
@@ -19,8 +19,10 @@ so for as many tokens on each rank `--set batch.sequences=` takes as many times 
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from nmoe import platform
 from nmoe.bench.clock import milliseconds
+from nmoe.bench.contender import OURS, Contender
 from nmoe.bench.peers import WAYS, StockStep, difference, is_installed
 from nmoe.bench.rows import Row
 from nmoe.data.loader import TokenBatch
@@ -150,22 +153,25 @@ def stock_steps(plan: Plan, device: torch.device, *, compile: bool) -> Iterator[
 
 
 def on_a_cpu(plan: Plan, steps: int, text: bool, compile: bool) -> Iterator[Row]:
-    """Ours and the peers' steps in turns."""
-    graph = build(plan)
-    peers = {who: make() for who, make in stock_steps(plan, graph.device, compile=compile)}
-    times: dict[str, list[float]] = {"ours": [], **{who: [] for who in peers}}
-    for step in range(1, 1 + WARM_UP + steps):
-        times["ours"].append(take(graph, plan, range(step, step + 1), text))
-        batch = graph.loader.batch(step) if text else even_batch(plan, step)
-        for who, peer in peers.items():
-            times[who].append(1e-3 * spent(lambda peer=peer, batch=batch: peer.run(batch)))
+    """Ours and the peers' steps in turns, everybody in a process of their own."""
+    names = [OURS, *(who for who, _ in stock_steps(plan, torch.device("cpu"), compile=compile))]
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nmoe-bench-")))
+        resolved = directory / f"{plan.name}.toml"
+        resolved.write_text(plan.to_toml(), encoding="utf-8")
+        contenders = {who: stack.enter_context(Contender(resolved, who, text=text)) for who in names}
+        times: dict[str, list[float]] = {who: [] for who in names}
+        for _ in range(WARM_UP + steps):
+            for who, contender in contenders.items():
+                times[who].append(1e-3 * contender.step())
     measured = {who: found[WARM_UP:] for who, found in times.items()}
-    rate = dense(graph.device)
-    yield row(plan, "ours", min(measured["ours"]), rate, text)
-    for who in peers:
-        ratio = statistics.median(a / b for a, b in zip(measured[who], measured["ours"], strict=True))
-        yield row(plan, who, min(measured[who]), rate, text, note=f"ours {ratio:.2f} times as fast, median of turns; "
-                  + difference(plan))  # fmt: skip
+    rate = dense(torch.device("cpu"))
+    for who in names:
+        note = ""
+        if who != OURS:
+            ratio = statistics.median(a / b for a, b in zip(measured[who], measured[OURS], strict=True))
+            note = f"ours {ratio:.2f} times as fast, median of turns; {difference(plan)}"
+        yield row(plan, who, min(measured[who]), rate, text, note=note)
 
 
 def stock_on_a_gpu(plan: Plan, steps: int, compile: bool) -> Iterator[Row]:
