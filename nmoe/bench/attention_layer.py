@@ -5,11 +5,12 @@ nmoe.model.attention. FLOPs are those of nmoe.bench.attention. The floor is the 
 product, and of reading and writing queries, keys, values and output once.
 
     torch cudnn, flash      scaled_dot_product_attention through that library, on a GPU
-    torch sdpa, math        through the kernel that torch chooses on a CPU, and through plain products
+    torch sdpa, math        through torch's kernel on a CPU, and through plain products
     torch flex compiled     flex_attention through torch.compile, where asked for (half a minute a shape)
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def rows(shape: Shape, *, device: torch.device, repeats: int, compile: bool) -> 
                       note=f"does not run: {str(problem).splitlines()[0][:90]}")  # fmt: skip
             continue
         calls[f"{who}: forward"] = layer.forward
-        calls[f"{who}: backward"] = lambda state=state, layer=layer: layer.backward(state)
+        calls[f"{who}: backward"] = partial(layer.backward, state)
         if who == "ours" and device.type != "cpu":
             calls |= {f"ours, as a graph: {part}": captured(calls[f"ours: {part}"]) for part in ("forward", "backward")}
     times, rates = measure(calls, repeats, device)
@@ -66,12 +67,12 @@ def _ours(x: Inputs, shape: Shape) -> Layer:
     if x.q.device.type != "cpu":
         forward, backward = ours(x, shape.window)
         return Layer(forward, lambda state: backward(*state))
-    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    leaves = q, k, v = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
 
     def gradients(y_BHSV: Tensor) -> object:
         return torch.autograd.grad(y_BHSV, leaves, x.dout, retain_graph=True)
 
-    return Layer(lambda: attend(*leaves, window=shape.window), gradients)
+    return Layer(lambda: attend(q, k, v, shape.window), gradients)
 
 
 def _peers(x: Inputs, shape: Shape, compile: bool) -> dict[str, Layer]:
@@ -82,6 +83,8 @@ def _peers(x: Inputs, shape: Shape, compile: bool) -> dict[str, Layer]:
     ways: dict[str, Callable[[], Any]] = {}
     if shape.window is None or q.device.type == "cpu":  # neither cuDNN nor flash takes a mask in torch
         for who, backend in (ON_CPU if q.device.type == "cpu" else ON_GPU).items():
+            if who == "torch sdpa" and shape.Q != shape.V:
+                continue  # torch's CPU kernel has one size of head
 
             def library(backend: SDPBackend = backend) -> Tensor:
                 with sdpa_kernel(backend):

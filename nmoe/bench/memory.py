@@ -1,8 +1,8 @@
 """What a plan's training step needs, beside what the plan says: kind by kind, and the peak.
 
 `nmoe bench memory CONFIG` takes two steps through nmoe.train.step on the plan's target, and shows for each kind the
-plan's bytes, the measured ones and their ratio. A plan that reads prepared shards is given the packaged text in bytes: how much
-memory a step takes does not depend on which tokens it reads.
+plan's bytes, the measured ones and their ratio. A plan that reads prepared shards is given the packaged text in
+bytes: how much memory a step takes does not depend on which tokens it reads.
 
     weights, gradients, optimizer   the tensors themselves, each storage once
     activations                     what a first microbatch's forward leaves behind, less the two gradients

@@ -3,9 +3,8 @@
 `python -m nmoe.bench.moe check` compares every product and the whole layer with float64 at odd
 sizes, with empty experts and with one expert that holds all rows, into memory poisoned with NaN.
 `repeat` runs the layer 20 times and compares bits. `kernels` times every product under several
-launch parameters beside the pinned ones. Times are medians of CUDA events over single calls. The whole, from router to
-output, is `nmoe bench moe`'s. FLOPs are 6 T K D F forward and 12 backward (the
-router's, under 2%, are left out on every side).
+launch parameters beside the pinned ones. Times are medians of CUDA events over single calls. FLOPs are
+6 T K D F forward and 12 backward. The whole, from router to output, is `nmoe bench moe`'s.
 """
 
 import argparse

@@ -12,6 +12,7 @@ reading the weights and the tokens once.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,13 @@ class Layer(NamedTuple):
     note: str = ""
 
 
-def rows(shape: Shape, routings: tuple[str, ...], *, device: torch.device, repeats: int, compile: bool) -> Iterator[Row]:
+def both(layer: Layer) -> None:
+    layer.backward(layer.forward())
+
+
+def rows(
+    shape: Shape, routings: tuple[str, ...], *, device: torch.device, repeats: int, compile: bool
+) -> Iterator[Row]:
     """Forward, backward and both, of everybody who computes this layer here."""
     for routing in routings:
         x = make_inputs(shape, routing, device.type)
@@ -66,8 +73,8 @@ def _rows(shape: Shape, routing: str, x: Inputs, *, repeats: int, compile: bool)
             continue
         notes[who] = "; ".join(filter(None, [layer.note, f"{kept / 2**30:.2f} GiB kept" if kept else ""]))
         calls[f"{who}: forward"] = layer.forward
-        calls[f"{who}: backward"] = lambda state=state, layer=layer: layer.backward(state)
-        calls[f"{who}: both"] = lambda layer=layer: layer.backward(layer.forward())
+        calls[f"{who}: backward"] = partial(layer.backward, state)
+        calls[f"{who}: both"] = partial(both, layer)
         if who == "ours" and device.type != "cpu":
             calls["ours, as a graph: both"] = captured(calls["ours: both"])
     T, D, F, _, K = shape

@@ -10,6 +10,7 @@ a product with its own transpose counts half.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -60,7 +61,7 @@ def _calls(
     one = torch.ones((), device=graph.device)
     for group in graph.optimizer.groups:
         part = f"{group.name}, {'Muon' if isinstance(group, Muon) else 'AdamW'}"
-        calls[f"{part}: ours"] = lambda group=group: group.step(step=100, scale=1.0, grad_scale=one)
+        calls[f"{part}: ours"] = partial(group.step, step=100, scale=1.0, grad_scale=one)
         costs[part] = cost(group)
         copies = [p.detach().float().clone() for _, p in group.parameters]
         for copy, (_, parameter) in zip(copies, group.parameters, strict=True):

@@ -20,14 +20,16 @@ from nmoe.plan.plan import Plan
 from nmoe.registry.optimizer import AdamW
 
 WAYS = ("eager", "grouped_mm")
-"""How the library computes its experts: a loop over them, and torch's grouped_mm; its others want their own packages."""
+"""How the library computes its experts: a loop, and torch's grouped_mm; its others want packages of their own."""
 
 
 def is_installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def deepseek_experts(w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, top_k: int) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def deepseek_experts(
+    w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, top_k: int
+) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     """(way, module) of the library's DeepSeek-V3 experts with these weights; modules take x, indices, weights."""
     if not is_installed():
         return

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from xml.sax.saxutils import escape
 
-from nmoe.bench.rows import Row, number
+from nmoe.bench.rows import Row, amount, number
 
 NAMES, BARS, VALUES, MARGIN = 190, 460, 250, 16
 BAR, GAP, HEAD, TITLE = 18, 6, 24, 40
@@ -58,7 +58,7 @@ def _length(row: Row) -> float | None:
 
 def _label(row: Row) -> str:
     figures = [] if row.milliseconds is None else [f"{number(row.milliseconds)} ms"]
-    return ", ".join(figures + ([] if row.rate is None else [f"{number(row.rate)} {row.unit}"]))
+    return ", ".join(filter(None, [*figures, amount(row)]))
 
 
 def _text(x: int, y: int, text: str, *, anchor: str = "start", weight: str = "normal") -> str:

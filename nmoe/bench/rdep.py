@@ -101,13 +101,13 @@ def rows(*, tokens: int, hidden: int, width: int, experts: int, top_k: int, repe
     results = [json.loads(store.get(f"result/{rank}")) for rank in range(me.world_size)]
     bits = "the bits of the layer alone" if all(same for same, _ in results) else "OTHER BITS than the layer alone"
     case = f"T{tokens} D{hidden} F{width} E{experts} K{top_k}, {me.world_size} ranks"
-    for index, part in enumerate(("forward", "backward")):
+    for index, direction in enumerate(("forward", "backward")):
         slowest = {
             who: 1e3 * min(max(found[1][who][i][index] for found in results) for i in range(repeats)) for who in times
         }
         for who, spent in slowest.items():
             yield Row(
-                work="rdep", case=case, part=part, who=who, milliseconds=spent, floor=slowest["alone"],
+                work="rdep", case=case, part=direction, who=who, milliseconds=spent, floor=slowest["alone"],
                 rate=(index + 1) * 6 * tokens * top_k * hidden * width / spent / 1e9, unit="TFLOP/s a rank",
                 note=bits if who == "ours" else "",
             )  # fmt: skip

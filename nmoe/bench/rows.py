@@ -63,9 +63,18 @@ def _cells(row: Row) -> tuple[str, str, str, str, str, str]:
         row.who,
         "" if row.milliseconds is None else f"{row.milliseconds:,.3f} ms",
         "" if share is None else f"{share:.0%} of the floor",
-        "" if row.rate is None else f"{number(row.rate)} {row.unit}",
+        amount(row),
         row.note,
     )
+
+
+def amount(row: Row) -> str:
+    """The rate with its unit; a small TFLOP/s as GFLOP/s. Empty where there is none."""
+    if row.rate is None:
+        return ""
+    if row.unit == "TFLOP/s" and row.rate < 1:
+        return f"{number(1e3 * row.rate)} GFLOP/s"
+    return f"{number(row.rate)} {row.unit}"
 
 
 def number(value: float) -> str:

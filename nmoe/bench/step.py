@@ -6,8 +6,8 @@ layers very uneven).
 
     ours            on a GPU the mean over all steps, which follow each other as in a training; on a CPU the least of
                     single steps, which take turns with the peers' steps; everybody has a process of their own
-    transformers    where a stock class computes the plan's model (nmoe.plan.families): the same tokens, microbatches and
-                    state dtypes, warmed up alike; eager and grouped_mm experts, with --compile through torch.compile
+    transformers    where a stock class computes the plan's model (nmoe.plan.families): the same tokens, microbatches
+                    and state dtypes, warmed up alike; eager and grouped_mm experts, --compile: compiled too
     floor           the plan's FLOPs at the rate of a dense product of this run, so that `of the floor` is the MFU
     busy            of a profiled step, which begins and ends with an idle device: the part in which some kernel ran
     kernels         by name: milliseconds of the profiled step, launches
@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,7 +150,7 @@ def stock_steps(plan: Plan, device: torch.device, *, compile: bool) -> Iterator[
     for way in WAYS:
         for compiled in (False, True) if compile else (False,):
             name = f"transformers {way}" + (" compiled" if compiled else "")
-            yield name, lambda way=way, compiled=compiled: StockStep(plan, way, device=device, compile=compiled)
+            yield name, partial(StockStep, plan, way, device=device, compile=compiled)
 
 
 def on_a_cpu(plan: Plan, steps: int, text: bool, compile: bool) -> Iterator[Row]:
@@ -180,23 +181,25 @@ def stock_on_a_gpu(plan: Plan, steps: int, compile: bool) -> Iterator[Row]:
     for who, make in stock_steps(plan, device, compile=compile):
         torch.cuda.empty_cache()
         try:
-            peer = make()
-            batches = [even_batch(plan, step) for step in range(1, 1 + WARM_UP + steps)]
-            for batch in batches[:WARM_UP]:
-                peer.run(batch)
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            for batch in batches[WARM_UP:]:
-                peer.run(batch)
-            torch.cuda.synchronize()
-            seconds = (time.perf_counter() - started) / steps
+            seconds = stock_seconds(make(), plan, steps)
         except torch.OutOfMemoryError:
             yield Row(work="step", case=plan.name, part="step", who=who, note="out of memory")
             continue
-        finally:
-            peer = None
         rate = rate or dense(device)
         yield row(plan, who, seconds, rate, False, note=difference(plan))
+
+
+def stock_seconds(peer: StockStep, plan: Plan, steps: int) -> float:
+    """Of a step, the mean over steps that follow each other."""
+    batches = [even_batch(plan, step) for step in range(1, 1 + WARM_UP + steps)]
+    for batch in batches[:WARM_UP]:
+        peer.run(batch)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for batch in batches[WARM_UP:]:
+        peer.run(batch)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / steps
 
 
 def on_a_gpu(plan: Plan, peers: Peers | None, steps: int, text: bool, trace: Path | None) -> Iterator[Row]:

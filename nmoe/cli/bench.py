@@ -48,8 +48,7 @@ def shown(work: Callable[..., Iterable[Row]]) -> Callable[..., Any]:
     wrapped = click.option(
         "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.svg", help="Draw the rows."
     )(wrapped)
-    wrapped = click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")(wrapped)
-    return wrapped
+    return click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")(wrapped)
 
 
 def size(name: str, default: int | None, help: str) -> Callable[..., Any]:
@@ -68,12 +67,16 @@ repeats_option = click.option(
 compile_option = click.option("--compile", "compile", is_flag=True, help="Peers through torch.compile too.")
 
 
-def resolved(config: str | None, sets: tuple[str, ...]) -> "Plan | None":
+def resolved(config: str, sets: tuple[str, ...]) -> "Plan":
     from nmoe.plan.resolve import resolve
 
+    return resolve(config, sets)
+
+
+def if_given(config: str | None, sets: tuple[str, ...]) -> "Plan | None":
     if config is None and sets:
         raise click.UsageError("--set overrides a key of CONFIG, and there is no CONFIG")
-    return None if config is None else resolve(config, sets)
+    return None if config is None else resolved(config, sets)
 
 
 def chosen(given: dict[str, int | None], of_plan: dict[str, int], defaults: dict[str, int]) -> dict[str, int]:
@@ -110,7 +113,7 @@ def moe(
     config: str | None, sets: tuple[str, ...], routing: str, compile: bool, repeats: int, **given: int | None
 ) -> Iterator[Row]:
     """The MoE layer, from router to output, forward and backward: of CONFIG's sizes, or of the options'."""
-    plan, of_plan = resolved(config, sets), {}
+    plan, of_plan = if_given(config, sets), {}
     if plan is not None:
         model, batch = plan.config.model, plan.config.batch
         if model.moe is None:
@@ -152,16 +155,16 @@ def attention(
     config: str | None, sets: tuple[str, ...], window: int | None, compile: bool, repeats: int, **given: int | None
 ) -> Iterator[Row]:
     """Causal attention, forward and backward: of CONFIG's global layers, or of the options'."""
-    plan, of_plan = resolved(config, sets), {}
+    plan, of_plan = if_given(config, sets), {}
     if plan is not None:
-        from nmoe.registry.attention import Mla
+        from nmoe.registry.attention import Gqa, Mla
 
         spec, batch = plan.config.model.attention, plan.config.batch
         of_plan = {"batch": batch.microbatch, "heads": spec.num_heads, "length": batch.sequence_length}
         if isinstance(spec, Mla):
             of_plan |= {"groups": spec.num_heads, "qk_dim": spec.qk_nope_head_dim + spec.qk_rope_head_dim,
                         "v_dim": spec.v_head_dim}  # fmt: skip
-        else:
+        elif isinstance(spec, Gqa):
             of_plan |= {"groups": spec.num_kv_heads, "qk_dim": spec.head_dim, "v_dim": spec.head_dim}
     sizes = chosen(given, of_plan, ATTENTION)
     if sizes["heads"] % sizes["groups"]:
