@@ -36,7 +36,7 @@ def rows(shape: Shape, *, device: torch.device, repeats: int, compile: bool) -> 
     case = " ".join(f"{axis}{size}" for axis, size in zip("BHGSQV", shape, strict=False))
     case += "" if shape.window is None else f" window {shape.window}"
     calls: dict[str, Callable[[], object]] = {}
-    for who, layer in {"ours": _ours(x, shape), **_peers(x, shape, compile)}.items():
+    for who, layer in layers(x, shape, compile=compile).items():
         try:
             state = layer.forward()
             layer.backward(state)
@@ -61,6 +61,11 @@ def rows(shape: Shape, *, device: torch.device, repeats: int, compile: bool) -> 
                     work="attention", case=case, part=part, who=who, milliseconds=spent,
                     floor=rates.floor(bytes=moved[part], flops=flops), rate=flops / spent / 1e9, unit="TFLOP/s",
                 )  # fmt: skip
+
+
+def layers(x: Inputs, shape: Shape, *, compile: bool) -> dict[str, Layer]:
+    """Ours and the peers, by name."""
+    return {"ours": _ours(x, shape), **_peers(x, shape, compile)}
 
 
 def _ours(x: Inputs, shape: Shape) -> Layer:

@@ -96,7 +96,7 @@ def measure(
     M, K, N = product or ((1024,) * 3 if cpu else (8192,) * 3)
     a_MK, b_KN = torch.randn(M, K, device=device, dtype=dtype), torch.randn(N, K, device=device, dtype=dtype).t()
     out_MN = torch.empty(M, N, device=device, dtype=dtype)
-    source = torch.zeros(2**28 if cpu else 2**31, dtype=torch.uint8, device=device)
+    source = torch.zeros(2**27 if cpu else 2**31, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     both = {COPY: lambda: target.copy_(source), DENSE: lambda: torch.mm(a_MK, b_KN, out=out_MN)}
     times = turns({**both, **calls}, repeats, device)

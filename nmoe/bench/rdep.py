@@ -108,6 +108,6 @@ def rows(*, tokens: int, hidden: int, width: int, experts: int, top_k: int, repe
         for who, spent in slowest.items():
             yield Row(
                 work="rdep", case=case, part=direction, who=who, milliseconds=spent, floor=slowest["alone"],
-                rate=(index + 1) * 6 * tokens * top_k * hidden * width / spent / 1e9, unit="TFLOP/s a rank",
-                note=bits if who == "ours" else "",
+                rate=(index + 1) * 6 * tokens * top_k * hidden * width / spent / 1e9, unit="TFLOP/s",
+                note=f"a rank; {bits}" if who == "ours" else "a rank",
             )  # fmt: skip

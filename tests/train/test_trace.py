@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_the_phases_stand_in_it_in_their_order(traced):
         phases = [e for e in trace["traceEvents"] if e["ph"] == "X" and e["name"] in names]
         phases.sort(key=lambda event: event["ts"])
         assert [event["name"] for event in phases] == ["batch", *["forward", "backward"] * 2, "optimizer"]
-        for before, after in zip(phases, phases[1:], strict=False):
+        for before, after in pairwise(phases):
             assert before["ts"] + before["dur"] <= after["ts"]
 
 
