@@ -2,8 +2,8 @@
 
     python -m nmoe.bench.contender PLAN.toml WHO [--text]
 
-takes a step for each line of stdin and answers with its milliseconds; it ends with stdin. In one process with another
-a step is up to a quarter slower (2026-11-25, quickstart's size): both leave holes in the other's memory.
+takes a step for each line of stdin and answers with its milliseconds; it ends with stdin. In one process
+with two others a step of configs/bench/cpu_deepseek.toml took 423 ms, in its own 335 to 369 (2026-11-25).
 WHO: `ours`, or a peer of `stock_steps`. The driver (`Contender`) lets them take turns.
 """
 

@@ -135,12 +135,15 @@ def row(
 ) -> Row:
     """Of a step of so many seconds. rate: of the dense product, FLOPs a millisecond."""
     tokens = plan.tokens_per_step / ranks
-    of = f"{plan.name}, {plan.tokens_per_step:,} tokens {'of text' if text else 'drawn evenly'}"
     return Row(
-        work="step", case=of + (f", {ranks} ranks" if ranks > 1 else ""), part="step", who=who,
-        milliseconds=1e3 * seconds, floor=plan.flops_per_token * tokens / rate, rate=tokens / seconds, unit="tokens/s",
-        note=note,
+        work="step", case=case_of(plan, text, ranks), part="step", who=who, milliseconds=1e3 * seconds,
+        floor=plan.flops_per_token * tokens / rate, rate=tokens / seconds, unit="tokens/s", note=note,
     )  # fmt: skip
+
+
+def case_of(plan: Plan, text: bool, ranks: int) -> str:
+    tokens = f"{plan.tokens_per_step:,} tokens {'of text' if text else 'drawn evenly'}"
+    return f"{plan.name}, {tokens}" + (f", {ranks} ranks" if ranks > 1 else "")
 
 
 def stock_steps(plan: Plan, device: torch.device, *, compile: bool) -> Iterator[tuple[str, Callable[[], StockStep]]]:
@@ -183,7 +186,7 @@ def stock_on_a_gpu(plan: Plan, steps: int, compile: bool) -> Iterator[Row]:
         try:
             seconds = stock_seconds(make(), plan, steps)
         except torch.OutOfMemoryError:
-            yield Row(work="step", case=plan.name, part="step", who=who, note="out of memory")
+            yield Row(work="step", case=case_of(plan, False, 1), part="step", who=who, note="out of memory")
             continue
         rate = rate or dense(device)
         yield row(plan, who, seconds, rate, False, note=difference(plan))
