@@ -126,7 +126,8 @@ def test_only_one_file_looks_at_the_process_environment():
 
 
 LIGHT_COMMANDS = [
-    ["--help"], ["--version"], ["bench", "--help"], ["bench", "step", "--help"], ["build", "--help"], ["build", "--schema"], ["build", "configs/moonlet.toml"],
+    ["--help"], ["--version"], ["bench", "--help"], ["bench", "step", "--help"], ["build", "--help"],
+    ["build", "--schema"], ["build", "configs/moonlet.toml"],
     ["build", "configs/debug.toml", "--json"], ["build", "configs/moonlet.toml", "--diff", "configs/moonlight.toml"],
     ["build", "configs/nowhere.toml"], ["nonsense"],
 ]  # fmt: skip
