@@ -98,6 +98,10 @@ class Output(Component):
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
     )
+    profile_steps: tuple[int, ...] | None = key(
+        "steps of which each rank writes a trace into the run's directory, for Perfetto; absent: of none",
+        default=None, minimum=1, unit="steps",
+    )
     rank_timeout: float = key(
         "how long a rank waits for another at any point, before all of them end; only with several ranks",
         default=45.0, minimum=1.0, maximum=86400.0, unit="seconds",
@@ -117,6 +121,13 @@ class Output(Component):
                     message=f'`{name}` = "{value}": nothing expands `~` here',
                     help="write the whole path, or one relative to where nmoe is started",
                 )
+        steps = -(-config.schedule.total_tokens // config.batch.tokens_per_step)
+        if max(self.profile_steps or (0,)) > steps:
+            yield Problem(
+                path=f"{path}.profile_steps",
+                message=f"profile_steps has step {max(self.profile_steps or (0,))}, and the run has {steps} steps",
+                help=f"name steps of 1 to {steps}, such as [{min(10, steps)}]",
+            )
         run = normpath(self.run_dir)
         if basename(run) in ("", ".", ".."):
             yield Problem(

@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"plan", "registry"} | RUNTIME,
     "report": {"checkpoint", "plan", "registry", "metrics"},
     "export": {"plan", "registry", "checkpoint", "data", "metrics", "model"},
-    "bench": {"train", "plan", "registry", "platform", "graph"} | RUNTIME | {"kernels"},
+    "bench": {"train", "checkpoint", "export", "plan", "registry", "platform", "graph"} | RUNTIME | {"kernels"},
     "train": {"graph", "checkpoint", "eval", "report", "plan", "registry", "platform"} | RUNTIME,
     "cli": {"train", "graph", "checkpoint", "eval", "report", "bench", "export", "plan", "registry", "platform"}
     | RUNTIME,
@@ -127,7 +127,8 @@ def test_only_one_file_looks_at_the_process_environment():
 
 
 LIGHT_COMMANDS = [
-    ["--help"], ["--version"], ["build", "--help"], ["build", "--schema"], ["build", "configs/moonlet.toml"],
+    ["--help"], ["--version"], ["bench", "--help"], ["bench", "step", "--help"], ["build", "--help"],
+    ["build", "--schema"], ["build", "configs/moonlet.toml"],
     ["build", "configs/debug.toml", "--json"], ["build", "configs/moonlet.toml", "--diff", "configs/moonlight.toml"],
     ["build", "configs/nowhere.toml"], ["nonsense"],
 ]  # fmt: skip

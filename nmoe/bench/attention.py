@@ -2,27 +2,22 @@
 
 `python -m nmoe.bench.attention check` compares output, lse and every gradient with float64 at odd
 lengths, every head size and mask. `repeat` runs twenty times, compares bits and prints digests, for
-comparison between processes. `time` is the median of CUDA events, forward and backward apart, as a graph
-(ours) and as single calls with the host's work (calls; the peers are such calls too), beside
-torch's cuDNN and flash kernels, compiled flex_attention and a dense product in the same run. FLOPs are
-2 (Q + V) forward and 2 (3 Q + 2 V) backward, the textbook five products, for each pair of query and
-key that the mask shows; for causal masks S^2 / 2 pairs a head.
+comparison between processes. Times are `nmoe bench attention`'s. FLOPs are 2 (Q + V) forward and
+2 (3 Q + 2 V) backward, the textbook five products, for each pair of query and key that the mask shows;
+for causal masks S^2 / 2 pairs a head.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
-from nmoe.bench.moe import captured, digest, error, milliseconds
+from nmoe.bench.moe import digest, error
 from nmoe.kernels.attention import (
     AttentionGradients,
     Documents,
@@ -47,7 +42,8 @@ class Shape(NamedTuple):
     @property
     def pairs(self) -> float:
         """Pairs of query and key over batch and heads; documents count as if there were one."""
-        per = self.S**2 / 2 if self.window is None else self.S * self.window - self.window**2 / 2
+        window = min(self.window or self.S, self.S)
+        per = self.S * window - window**2 / 2
         return self.B * self.H * per
 
     @property
@@ -164,79 +160,18 @@ def repeat(names: list[str], times: int = 20) -> list[dict]:
     return report
 
 
-def peers(x: Inputs, shape: Shape, flex: bool) -> Iterator[tuple[str, Callable, tuple[Tensor, ...]]]:
-    """(name, forward, leaves) of those that compute this mask."""
-    leaves = tuple(t.detach().contiguous().requires_grad_() for t in (x.q, x.k, x.v))
-    q, k, v = leaves
-    grouped = shape.H != shape.G
-    if shape.window is None and not shape.documents:
-        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-
-            def library(backend: SDPBackend = backend) -> Tensor:
-                with sdpa_kernel(backend):
-                    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-
-            yield name, library, leaves
-    if flex and not shape.sink:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-        window = shape.window or shape.S
-        start_BS = x.docs.start_BS if x.docs else torch.zeros(shape.B, shape.S, dtype=torch.int32, device="cuda")
-
-        def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return (i >= j) & (i - j < window) & (j >= start_BS[b, i])
-
-        mask = create_block_mask(seen, shape.B if shape.documents else None, None, shape.S, shape.S)
-        call: Callable = torch.compile(flex_attention, dynamic=False)
-        yield "flex", lambda: call(q, k, v, block_mask=mask, enable_gqa=grouped), leaves
-
-
-def time_shape(name: str, flex: bool) -> list[dict]:
-    """ms and TFLOP/s of forward and backward, ours and peers'."""
-    shape = SHAPES[name]
-    x = make_inputs(shape)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    dense = 2 * 8192**3 / milliseconds(lambda: torch.mm(a, b.T)) / 1e9
-    forward, backward = ours(x, shape.window)
-    state = forward()
-    rows: list[dict] = []
-    times = [milliseconds(captured(forward)), milliseconds(captured(lambda: backward(*state)))]
-    rows.append({"who": "ours", "forward": times[0], "backward": times[1]})
-    rows.append({"who": "calls", "forward": milliseconds(forward), "backward": milliseconds(lambda: backward(*state))})
-    for who, call, leaves in peers(x, shape, flex):
-        try:
-            out = call()
-            gradient = partial(torch.autograd.grad, out, leaves, x.dout.contiguous(), retain_graph=True)
-            rows.append({"who": who, "forward": milliseconds(call), "backward": milliseconds(gradient)})
-        except RuntimeError as problem:  # a peer that does not take this shape
-            print(f"{name} {who}: {str(problem).splitlines()[0][:100]}", flush=True)
-    for row in rows:
-        row |= {"shape": name, "dense": dense}
-        row["tflops"] = [f / row[k] / 1e9 for f, k in zip(shape.flops, ("forward", "backward"), strict=True)]
-        print(
-            f"{name:10} {row['who']:6} fwd {row['forward']:7.3f} ms {row['tflops'][0]:5.0f} TFLOP/s"
-            f" | bwd {row['backward']:7.3f} ms {row['tflops'][1]:5.0f} | dense {dense:4.0f}",
-            flush=True,
-        )
-    return rows
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m nmoe.bench.attention", description=__doc__)
-    parser.add_argument("what", choices=("check", "repeat", "time"))
+    parser.add_argument("what", choices=("check", "repeat"))
     parser.add_argument("--shapes", default="")
-    parser.add_argument("--flex", action="store_true", help="compile flex_attention as a peer (half a minute a shape)")
     parser.add_argument("--out", default="")
     args = parser.parse_args(argv)
     names = [n for n in args.shapes.split(",") if n]
     if args.what == "check":
         report = check(names or list(ODD))
         print(f"check: {len(report)} cases, bad: {[(r['case'], r['bad']) for r in report if r['bad']]}")
-    elif args.what == "repeat":
-        report = repeat(names or list(SHAPES))
     else:
-        report = [row for name in names or SHAPES for row in time_shape(name, args.flex)]
+        report = repeat(names or list(SHAPES))
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1))
     return 0

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import torch
 
+from nmoe.bench.clock import milliseconds
 from nmoe.bench.elementwise_case import Case, Peer
 from nmoe.bench.elementwise_layers import keys_case, norm_case, rope_case, swiglu_case
 from nmoe.bench.elementwise_step import adamw_case, loss_case, schulz_case, squares_case
-from nmoe.bench.moe import digest, error, milliseconds
+from nmoe.bench.moe import digest, error
 
 LAYER = [(256, 2, 384, 768), (256, 768, 384), (256, 768), (768,)]
 SUPER256 = [*LAYER * 4, (50304, 768), (50304, 768)]

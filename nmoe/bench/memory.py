@@ -1,9 +1,8 @@
 """What a plan's training step needs, beside what the plan says: kind by kind, and the peak.
 
-`python -m nmoe.bench.memory CONFIG... [--set KEY=VALUE] [--json]` resolves each config, takes two steps
-through nmoe.train.step on the plan's target, and prints for each kind the plan's bytes, the measured
-ones and their ratio. A plan that reads prepared shards is given the packaged text in bytes: how much
-memory a step takes does not depend on which tokens it reads.
+`nmoe bench memory CONFIG` takes two steps through nmoe.train.step on the plan's target, and shows for each kind the
+plan's bytes, the measured ones and their ratio. A plan that reads prepared shards is given the packaged text in
+bytes: how much memory a step takes does not depend on which tokens it reads.
 
     weights, gradients, optimizer   the tensors themselves, each storage once
     activations                     what a first microbatch's forward leaves behind, less the two gradients
@@ -11,12 +10,9 @@ memory a step takes does not depend on which tokens it reads.
     peak                            of the second step: on CUDA the allocator's, on the CPU that of `Live`
 """
 
-import argparse
 import gc
-import json
-import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import attrs
@@ -26,10 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nmoe import platform
-from nmoe.errors import NmoeError
+from nmoe.bench.rows import Row
 from nmoe.graph import build
 from nmoe.plan.plan import Plan
-from nmoe.plan.resolve import resolve
 from nmoe.registry.data import BytesTokenizer, Corpus
 from nmoe.train.loop import require_runnable
 from nmoe.train.step import run_step
@@ -141,26 +136,12 @@ def with_data(plan: Plan) -> Plan:
     return attrs.evolve(plan, config=attrs.evolve(plan.config, data=packaged))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", metavar="CONFIG")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
-    parser.add_argument("--json", action="store_true", help="one JSON object a row")
-    arguments = parser.parse_args()
-    for config in arguments.configs:
-        try:
-            found = rows(with_data(resolve(config, arguments.sets)))
-        except NmoeError as error:
-            sys.exit(str(error))
-        if arguments.json:
-            for row in found:
-                print(json.dumps(row), flush=True)
-            continue
-        print(f"{config}, recompute {found[0]['recompute']}")
-        print(f"  {'':14s} {'estimated':>16s} {'measured':>16s}  ratio")
-        for row in found:
-            print(f"  {row['kind']:14s} {row['estimated']:16,d} {row['measured']:16,d}  {row['ratio']:.3f}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def bench_rows(plan: Plan) -> Iterator[Row]:
+    """`rows` as `nmoe bench memory` shows them."""
+    for row in rows(plan):
+        for who in ("estimated", "measured"):
+            yield Row(
+                work="memory", case=f"{row['config']}, recompute {row['recompute']}", part=row["kind"],
+                who="the plan" if who == "estimated" else "ours", rate=row[who], unit="bytes",
+                note=f"{row['ratio']:.3f} of what is measured" if who == "estimated" else "",
+            )  # fmt: skip

@@ -3,16 +3,13 @@
 `python -m nmoe.bench.moe check` compares every product and the whole layer with float64 at odd
 sizes, with empty experts and with one expert that holds all rows, into memory poisoned with NaN.
 `repeat` runs the layer 20 times and compares bits. `kernels` times every product under several
-launch parameters beside the pinned ones; `layer` times the whole, from router to output, forward
-and backward, beside the dense product of the same FLOPs and torch's grouped_mm composite. Times
-are medians of CUDA events over single calls. FLOPs are 6 T K D F forward and 12 backward (the
-router's, under 2%, are left out on every side).
+launch parameters beside the pinned ones. Times are medians of CUDA events over single calls. FLOPs are
+6 T K D F forward and 12 backward. The whole, from router to output, is `nmoe bench moe`'s.
 """
 
 import argparse
 import hashlib
 import json
-import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmoe.bench.clock import captured, milliseconds
 from nmoe.kernels import moe, products
 from nmoe.kernels.combine import combine, gather_rows
 from nmoe.kernels.launch import SM_90A_DEEP, Launch, Table, launches
@@ -211,31 +209,6 @@ def digest(tensors: list[Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def milliseconds(call: Callable[[], object], runs: int = 15) -> float:
-    """Median time of one call, after three to warm up."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(runs):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        times.append((begin, end))
-    torch.cuda.synchronize()
-    return statistics.median(b.elapsed_time(e) for b, e in times)
-
-
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """The call as a CUDA graph, for work that is shorter than its launches."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 def dense_call(shape: Shape) -> Callable[[], object]:
     """One dense bf16 product with the forward's FLOPs."""
     a = torch.randn(shape.T * shape.K, shape.D, device="cuda", dtype=torch.bfloat16)
@@ -295,7 +268,7 @@ def time_kernels(shape: Shape, routing: str, variants: str) -> list[dict]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m nmoe.bench.moe", description=__doc__)
-    parser.add_argument("what", choices=("check", "repeat", "kernels", "layer"))
+    parser.add_argument("what", choices=("check", "repeat", "kernels"))
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--routing", default="uniform,zipf")
     parser.add_argument("--tables", default="pinned")
@@ -311,18 +284,12 @@ def main(argv: list[str]) -> int:
         )
     elif args.what == "repeat":
         report = repeat(args.tables)
-    elif args.what == "kernels":
+    else:
         for name in args.shapes.split(","):
             for routing in args.routing.split(","):
                 report += [
                     {"shape": name, "routing": routing, **r} for r in time_kernels(SHAPES[name], routing, args.tables)
                 ]
-    else:
-        from nmoe.bench.moe_layer import time_layer
-
-        for name in args.shapes.split(","):
-            for routing in args.routing.split(","):
-                report += time_layer(name, SHAPES[name], routing)
     if args.out:
         Path(args.out).write_text(json.dumps(report, indent=1))
     return 0

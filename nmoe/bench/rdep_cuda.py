@@ -1,6 +1,6 @@
 """Dispatch and return between the GPUs of a node, beside NCCL and NVSHMEM on the same rows.
 
-`torchrun --standalone --nproc-per-node=N -m nmoe.bench.rdep` on GPUs. Rows of 2048 bf16, 8192 and 32768 tokens a rank,
+`torchrun --standalone --nproc-per-node=N -m nmoe bench rdep` on GPUs. Rows of 2048 bf16, 8192 and 32768 tokens a rank,
 top-8 of 128 experts; balanced, and Zipf (an expert's popularity is 1 / its place in a fixed random order).
 
     layout     counts exchanged, every pair's row
@@ -14,11 +14,10 @@ phase after it. `host_waits` counts calls of the CUDA runtime that wait, in a pr
 and returns. --vdev times torch's all_to_all_vdev alone: NVSHMEM wants a process of its own.
 """
 
-import argparse
 import functools
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +25,8 @@ from torch import Tensor
 
 from nmoe import platform
 from nmoe.bench.rdep_peers import Nccl, NcclPairs, Vdev
+from nmoe.bench.rows import Row
+from nmoe.errors import fail
 from nmoe.experts.bf16 import Bf16Experts
 from nmoe.kernels.exchange import dispatch
 from nmoe.kernels.layout_ranks import Places
@@ -238,28 +239,43 @@ def measure_vdev(repeats: int, tokens: int, kind: str, device: torch.device) -> 
     return {"tokens": tokens, "routing": kind, "vdev": times}
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--vdev", action="store_true", help="all_to_all_vdev alone")
-    a = parser.parse_args(arguments)
+def rows(repeats: int, vdev: bool) -> Iterator[Row]:
+    """See the module; none on a rank that does not lead. Every rank of a launch calls it."""
     me = platform.process()
     device = torch.device("cuda", me.local_rank)
     torch.cuda.set_device(device)
     dist.init_process_group("nccl", device_id=device)
-    rows: list[dict[str, object]] = []
-    if a.vdev:
+    if vdev:
         import torch.distributed._symmetric_memory as symm_mem
 
         if not symm_mem.is_nvshmem_available():
-            rows.append({"vdev": "THIS BUILD OF TORCH HAS NO NVSHMEM: all_to_all_vdev IS NOT MEASURED"})
-        else:
-            symm_mem.set_backend("NVSHMEM")
-    if not rows:
-        one = measure_vdev if a.vdev else measure
-        rows = [one(a.repeats, tokens, kind, device) for tokens in TOKENS for kind in ("balanced", "zipf")]
-    if me.rank == 0:
-        answer = {"device": torch.cuda.get_device_name(), "ranks": me.world_size, "rows": rows}
-        print(json.dumps(answer) if a.json else "\n".join(json.dumps(row) for row in rows), flush=True)
+            raise fail("N0608", "this build of torch has no NVSHMEM, so all_to_all_vdev cannot be measured",
+                       help="leave out --vdev")  # fmt: skip
+        symm_mem.set_backend("NVSHMEM")
+    one = measure_vdev if vdev else measure
+    for tokens in TOKENS:
+        for kind in ("balanced", "zipf"):
+            found = one(repeats, tokens, kind, device)
+            if me.rank == 0:
+                yield from shown(found, f"T{tokens} D{WIDTH} E{EXPERTS} K{TOP_K} {kind}, {me.world_size} ranks")
     dist.destroy_process_group()
+
+
+def shown(found: dict[str, Any], case: str) -> Iterator[Row]:
+    """What `measure` or `measure_vdev` found: by who and part; `layer` and `layer_alone` are parts too."""
+    notes = {}
+    if "same_rows" in found:
+        waits = found["host_waits"]
+        bits = "the rows of NCCL" if found["same_rows"] else "OTHER ROWS than NCCL"
+        notes["ours"] = f"{bits}; {f'host waits: {waits}' if waits else 'the host never waits'}"
+    rates = found.get("GB/s", {})
+    for who in ("ours", "nccl", "nccl_pairs", "nccl_wire", "vdev"):
+        for part, spent in found.get(who, {}).items():
+            rate = rates.get(part) if who == "ours" else None
+            yield Row(work="rdep", case=case, part=part, who=who, milliseconds=spent, rate=rate,
+                      unit="GB/s" if rate else "", note=notes.get(who, ""))  # fmt: skip
+    if "copy" in rates:
+        yield Row(work="rdep", case=case, part="return", who="copy", rate=rates["copy"], unit="GB/s")
+    for name, who in (("layer", "ours"), ("layer_alone", "one GPU alone")):
+        for part, spent in found.get(name, {}).items():
+            yield Row(work="rdep", case=case, part=f"layer, {part}", who=who, milliseconds=spent)

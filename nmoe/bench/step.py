@@ -1,46 +1,51 @@
-"""What a plan's training step takes: tokens a second, and where the device's time goes.
+"""`nmoe bench step CONFIG`: tokens a second of a plan's whole training step, beside the transformers library's.
 
-`python -m nmoe.bench.step CONFIG... [--set KEY=VALUE] [--steps N] [--json] [--trace DIRECTORY]` resolves each config,
-takes N steps through nmoe.train.step on the plan's target after three to warm up, and profiles one more. Tokens are
-drawn evenly from the vocabulary (`--text`: the packaged text in bytes, as in nmoe.bench.memory; its few tokens make
-experts of the first layers very uneven).
+Steps go through nmoe.train.step on the plan's target, after three to warm up. Tokens are drawn evenly from the
+vocabulary (`--text`: the packaged text in bytes, as in nmoe.bench.memory; its few tokens make experts of the first
+layers very uneven).
 
-    seconds       of a step: the mean over all N, which follow each other as in a training
-    tokens/s      the step's tokens over it and the ranks, so of each GPU; mfu: the plan's FLOPs over it and the dense
-                  bf16 product of this run
-    busy          of the profiled step, which begins and ends with an idle device: the part in which some kernel ran
-    kernels       by name: milliseconds of the profiled step, launches, share of all kernels' time
+    ours            on a GPU the mean over all steps, which follow each other as in a training; on a CPU the least of
+                    single steps, which take turns with the peers' steps; everybody has a process of their own
+    transformers    where a stock class computes the plan's model (nmoe.plan.families): the same tokens, microbatches
+                    and state dtypes, warmed up alike; eager and grouped_mm experts, --compile: compiled too
+    floor           the plan's FLOPs at the rate of a dense product of this run, so that `of the floor` is the MFU
+    busy            of a profiled step, which begins and ends with an idle device: the part in which some kernel ran
+    kernels         by name: milliseconds of the profiled step, launches
 
-Under torchrun all ranks train together and rank 0 speaks; the step's microbatches are dealt out to them, so for as many
-tokens on each rank `--set batch.sequences=` takes as many times as many.
+Under torchrun all ranks train together and rank 0 speaks, without peers; the step's microbatches are dealt out to them,
+so for as many tokens on each rank `--set batch.sequences=` takes as many times as many. tokens/s are then of each.
 
 --trace writes the profiled step as a trace that Perfetto opens, CONFIG.json.gz.
 """
 
-import argparse
-import json
-import sys
+import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from nmoe import platform
-from nmoe.bench.memory import with_data
-from nmoe.bench.moe import milliseconds
+from nmoe.bench.clock import milliseconds
+from nmoe.bench.contender import OURS, Contender
+from nmoe.bench.peers import WAYS, StockStep, difference, is_installed
+from nmoe.bench.rows import Row
 from nmoe.data.loader import TokenBatch
-from nmoe.errors import NmoeError
 from nmoe.graph import TrainingGraph, build
 from nmoe.plan.plan import Plan
-from nmoe.plan.resolve import resolve
+from nmoe.rdep.peers import Peers
 from nmoe.train.launch import launched, require_ranks
 from nmoe.train.loop import require_runnable
 from nmoe.train.step import run_step
 
 WARM_UP = 3
+SHOWN = 40
+"""Kernels, the longest first."""
 
 
 def even_batch(plan: Plan, step: int) -> TokenBatch:
@@ -73,10 +78,20 @@ def wait(graph: TrainingGraph) -> None:
         torch.cuda.synchronize()
 
 
-def dense() -> float:
-    """FLOPs a second of a bf16 product of 8192^3 on this device."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2e3 * 8192**3 / milliseconds(lambda: torch.mm(a, b.T))
+def dense(device: torch.device) -> float:
+    """FLOPs a millisecond of a product: bf16 of 8192^3 on a GPU, float32 of 1024^3 on a CPU."""
+    size, dtype = (1024, torch.float32) if device.type == "cpu" else (8192, torch.bfloat16)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    if device.type != "cpu":
+        return 2.0 * size**3 / milliseconds(lambda: torch.mm(a, b.T))
+    return 2.0 * size**3 / min(spent(lambda: torch.mm(a, b.T)) for _ in range(7))
+
+
+def spent(call: Callable[[], object]) -> float:
+    """Wall time of a call on a CPU, ms."""
+    started = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - started)
 
 
 def kernels(found: profile) -> tuple[dict[str, tuple[float, int]], float]:
@@ -93,80 +108,118 @@ def kernels(found: profile) -> tuple[dict[str, tuple[float, int]], float]:
     return dict(sorted(by_name.items(), key=lambda item: -item[1][0])), busy / 1e3
 
 
-def measure(plan: Plan, steps: int, text: bool, trace: Path | None) -> dict[str, Any]:
-    """See the module. Raises what a training of the plan would."""
+def rows(plan: Plan, *, steps: int, text: bool, trace: Path | None, compile: bool) -> Iterator[Row]:
+    """See the module; none on a rank that does not lead. Raises what a training of the plan would."""
     process = platform.process()
     require_runnable(plan)
     require_ranks(plan, process.world_size, process.local_world_size)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     with launched(plan, process) as launch:
-        return measured(build(plan, launch.peers), plan, steps, text, trace if launch.leads else None)
+        if plan.config.platform.target != "cpu":
+            found = list(on_a_gpu(plan, launch.peers, steps, text, trace if launch.leads else None))
+            if process.world_size == 1:
+                found += stock_on_a_gpu(plan, steps, compile)
+        elif process.world_size == 1:
+            found = list(on_a_cpu(plan, steps, text, compile))
+        else:
+            graph = build(plan, launch.peers)
+            take(graph, plan, range(1, 1 + WARM_UP), text)
+            time_each = [take(graph, plan, range(s, s + 1), text) for s in range(1 + WARM_UP, 1 + WARM_UP + steps)]
+            found = [row(plan, "ours", min(time_each), dense(graph.device), text, ranks=process.world_size)]
+    if launch.leads:
+        yield from found
 
 
-def measured(graph: TrainingGraph, plan: Plan, steps: int, text: bool, trace: Path | None) -> dict[str, Any]:
-    """As `measure`, of this rank's parts."""
+def row(
+    plan: Plan, who: str, seconds: float, rate: float, text: bool, *, ranks: int = 1, note: str = ""
+) -> Row:
+    """Of a step of so many seconds. rate: of the dense product, FLOPs a millisecond."""
+    tokens = plan.tokens_per_step / ranks
+    return Row(
+        work="step", case=case_of(plan, text, ranks), part="step", who=who, milliseconds=1e3 * seconds,
+        floor=plan.flops_per_token * tokens / rate, rate=tokens / seconds, unit="tokens/s", note=note,
+    )  # fmt: skip
+
+
+def case_of(plan: Plan, text: bool, ranks: int) -> str:
+    tokens = f"{plan.tokens_per_step:,} tokens {'of text' if text else 'drawn evenly'}"
+    return f"{plan.name}, {tokens}" + (f", {ranks} ranks" if ranks > 1 else "")
+
+
+def stock_steps(plan: Plan, device: torch.device, *, compile: bool) -> Iterator[tuple[str, Callable[[], StockStep]]]:
+    """(who, how it is made) of the peers of this plan."""
+    if plan.stock_class.name is None or not is_installed():
+        return
+    for way in WAYS:
+        for compiled in (False, True) if compile else (False,):
+            name = f"transformers {way}" + (" compiled" if compiled else "")
+            yield name, partial(StockStep, plan, way, device=device, compile=compiled)
+
+
+def on_a_cpu(plan: Plan, steps: int, text: bool, compile: bool) -> Iterator[Row]:
+    """Ours and the peers' steps in turns, everybody in a process of their own."""
+    names = [OURS, *(who for who, _ in stock_steps(plan, torch.device("cpu"), compile=compile))]
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nmoe-bench-")))
+        resolved = directory / f"{plan.name}.toml"
+        resolved.write_text(plan.to_toml(), encoding="utf-8")
+        contenders = {who: stack.enter_context(Contender(resolved, who, text=text)) for who in names}
+        times: dict[str, list[float]] = {who: [] for who in names}
+        for _ in range(WARM_UP + steps):
+            for who, contender in contenders.items():
+                times[who].append(1e-3 * contender.step())
+    measured = {who: found[WARM_UP:] for who, found in times.items()}
+    rate = dense(torch.device("cpu"))
+    for who in names:
+        note = ""
+        if who != OURS:
+            ratio = statistics.median(a / b for a, b in zip(measured[who], measured[OURS], strict=True))
+            note = f"ours {ratio:.2f} times as fast, median of turns; {difference(plan)}"
+        yield row(plan, who, min(measured[who]), rate, text, note=note)
+
+
+def stock_on_a_gpu(plan: Plan, steps: int, compile: bool) -> Iterator[Row]:
+    """The peers' steps, one peer after the other: two of them need not fit beside each other."""
+    device, rate = platform.device(plan.config.platform.target), 0.0
+    for who, make in stock_steps(plan, device, compile=compile):
+        torch.cuda.empty_cache()
+        try:
+            seconds = stock_seconds(make(), plan, steps)
+        except torch.OutOfMemoryError:
+            yield Row(work="step", case=case_of(plan, False, 1), part="step", who=who, note="out of memory")
+            continue
+        rate = rate or dense(device)
+        yield row(plan, who, seconds, rate, False, note=difference(plan))
+
+
+def stock_seconds(peer: StockStep, plan: Plan, steps: int) -> float:
+    """Of a step, the mean over steps that follow each other."""
+    batches = [even_batch(plan, step) for step in range(1, 1 + WARM_UP + steps)]
+    for batch in batches[:WARM_UP]:
+        peer.run(batch)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for batch in batches[WARM_UP:]:
+        peer.run(batch)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / steps
+
+
+def on_a_gpu(plan: Plan, peers: Peers | None, steps: int, text: bool, trace: Path | None) -> Iterator[Row]:
+    """Ours, and what its kernels take."""
+    graph = build(plan, peers)
     first = WARM_UP + 1
     take(graph, plan, range(1, first), text)
     seconds = take(graph, plan, range(first, first + steps), text) / steps
-    row: dict[str, Any] = {
-        "config": plan.name,
-        "tokens": "text" if text else "even",
-        "ranks": graph.ranks.ranks,
-        "seconds": seconds,
-        "tokens/s": plan.tokens_per_step / seconds / graph.ranks.ranks,
-    }
-    if graph.device.type == "cpu":
-        return row
-    row["device"] = torch.cuda.get_device_name()
-    row["peak GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    peak = torch.cuda.max_memory_allocated() / 2**30
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         profiled = take(graph, plan, range(first + steps, first + steps + 1), text)
     if trace is not None:
         found.export_chrome_trace(str(trace / f"{plan.name}.json.gz"))
-    row["profiled seconds"] = profiled
-    row["kernels"], busy = kernels(found)
-    row["busy"] = busy / 1e3 / profiled
-    row["dense TFLOP/s"] = dense() / 1e12
-    row["mfu"] = plan.flops_per_token * row["tokens/s"] / 1e12 / row["dense TFLOP/s"]
-    return row
-
-
-def show(row: dict[str, Any], names: int = 40) -> None:
-    """For people."""
-    found = row.pop("kernels", {})
-    print(", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
-                    for key, value in row.items()), flush=True)  # fmt: skip
-    total = sum(spent for spent, _ in found.values())
-    for name, (spent, count) in list(found.items())[:names]:
-        print(f"  {spent:9.3f} ms {spent / total:6.1%} {count:6d}  {name[:110]}")
-    if found:
-        print(f"  {total:9.3f} ms in {sum(count for _, count in found.values())} launches", flush=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", metavar="CONFIG")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--text", action="store_true", help="train on the packaged text")
-    parser.add_argument("--json", action="store_true", help="one JSON object a config")
-    parser.add_argument("--trace", type=Path, default=None, metavar="DIRECTORY")
-    arguments = parser.parse_args()
-    for config in arguments.configs:
-        try:
-            plan = with_data(resolve(config, arguments.sets))
-            row = measure(plan, arguments.steps, arguments.text, arguments.trace)
-        except NmoeError as error:
-            sys.exit(str(error))
-        if platform.process().rank:
-            continue
-        if arguments.json:
-            print(json.dumps(row), flush=True)
-        else:
-            show(row)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-if __name__ == "__main__":
-    main()
+    by_name, busy = kernels(found)
+    note = f"{torch.cuda.get_device_name()}, peak {peak:.2f} GiB, busy {busy / 1e3 / profiled:.1%}"
+    whole = row(plan, "ours", seconds, dense(graph.device), text, ranks=graph.ranks.ranks, note=note)
+    yield whole
+    for name, (time_spent, count) in list(by_name.items())[:SHOWN]:
+        yield Row(work="step", case=whole.case, part="kernel", who=name[:60], milliseconds=time_spent, rate=count,
+                  unit="launches")  # fmt: skip

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("nmoe.cli.verify", "Check every checkpoint of a run."),
     "compare": ("nmoe.cli.compare", "Find the first step and thing at which two runs part."),
     "export": ("nmoe.cli.export", "Write a run's model for the transformers library."),
+    "bench": ("nmoe.cli.bench", "Measure the parts of a training on this machine."),
     "data": ("nmoe.cli.data", "Prepare token shards from text."),
 }
 

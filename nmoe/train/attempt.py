@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import torch
 
+from nmoe import platform
 from nmoe.checkpoint import environment, reader
 from nmoe.checkpoint.manifest import Identity, Manifest
 from nmoe.checkpoint.writer import CheckpointWriter
@@ -28,6 +29,7 @@ from nmoe.errors import ConfigError, Diagnostic, NmoeError, RunError, fail
 from nmoe.eval import bpb
 from nmoe.graph import build
 from nmoe.metrics import router_collapse, router_health
+from nmoe.metrics.peaks import peak_flops
 from nmoe.metrics.sink import Sink
 from nmoe.metrics.throughput import Throughput
 from nmoe.plan.plan import Plan
@@ -35,12 +37,14 @@ from nmoe.rdep.control import GIVEN_UP
 from nmoe.report.run import metrics_directory
 from nmoe.train.divergence import require_alike
 from nmoe.train.launch import Launch
+from nmoe.train.marks import Marks
 from nmoe.train.progress import Progress, count, duration
 from nmoe.train.recording import record_evaluation, record_step
 from nmoe.train.run_dir import FollowedRun, RunDir
 from nmoe.train.signals import StopRequest
 from nmoe.train.state import TrainState
 from nmoe.train.step import Observer, run_step
+from nmoe.train.trace import Tracer
 
 
 @attrs.frozen(kw_only=True)
@@ -252,16 +256,27 @@ class Attempt:
         tokens = self.plan.tokens_per_step
         ended_by = self._asked_to_stop()
         is_last = self.state.step >= self.last_step or ended_by is not None
+        tracer = Tracer(
+            self.run_dir.path, steps=self.output.profile_steps or (), rank=self.control.rank,
+            device_type=self.graph.device.type, observe=self.observe,
+        )  # fmt: skip
+        marks: Marks | None = None
+        config = self.plan.config
+        device = platform.device_facts(config.platform.target).get("name")
+        peak = peak_flops(device, config.model.dtype)
+        at_peak = None if peak is None else self.plan.flops_per_token * tokens / (peak * self.control.ranks)
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
         with prefetch:
             while not is_last:
                 step = self.state.step + 1
                 started = time.perf_counter()
-                self.observe(step, "batch")
-                batch = prefetch.next()
-                loaded = time.perf_counter()
                 seen = self.state.tokens_seen + tokens
-                result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=self.observe)
+                with tracer.of(step):
+                    tracer.observe(step, "batch")
+                    batch = prefetch.next()
+                    loaded = time.perf_counter()
+                    result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=tracer.observe)
+                on_device, marks = {} if marks is None else marks.seconds(), result.marks
                 self.observe(step, "router")
                 health = {
                     layer: router_health.health(one.load_E, one.bias_E, one.losses)
@@ -286,6 +301,7 @@ class Attempt:
                         sink, batch, result, health, tokens=tokens, tokens_left=self.plan.total_tokens - seen,
                         seconds={**result.seconds, "loader": loaded - started, "step": now - started},
                         held_up=self.held_up, throughput=self.throughput, on_a_device=self.graph.device.type != "cpu",
+                        on_device=on_device, at_peak=at_peak,
                     )  # fmt: skip
                     if evaluation is not None:
                         record_evaluation(sink, *evaluation)

@@ -11,9 +11,12 @@ from nmoe.train.step import StepResult
 def record_step(
     sink: Sink, batch: TokenBatch, result: StepResult, health: dict[int, router_health.Health], *,
     tokens: int, tokens_left: int, seconds: dict[str, float], held_up: float, throughput: Throughput,
-    on_a_device: bool,
+    on_a_device: bool, on_device: dict[str, float], at_peak: float | None,
 ) -> None:  # fmt: skip
-    """One step's rows. tokens: of the step. seconds: wall time by part; held_up: by the last save."""
+    """One step's rows. tokens: of the step. seconds: wall time by part; held_up: by the last save.
+
+    on_device: the device's time by part, of the step before. at_peak: seconds of a step at the devices' named peak.
+    """
     sink.add("train/loss", result.loss)
     sink.add("train/bits_per_byte", result.bits_per_byte)
     sink.add("grad/norm", result.norm)
@@ -26,9 +29,13 @@ def record_step(
     sink.add("throughput/tokens_per_second", tokens / seconds["step"])
     sink.add("throughput/smoothed", throughput.tokens_per_second)
     sink.add("throughput/bytes_per_second", batch.num_bytes / seconds["step"])
+    if at_peak is not None:
+        sink.add("throughput/mfu", at_peak / seconds["step"])
     sink.add("throughput/eta", throughput.eta_seconds(tokens_left))
     for name, value in seconds.items():
         sink.add(f"time/{name}", value)
+    for name, value in on_device.items():
+        sink.add("time/device", value, label=name)
     sink.add("time/checkpoint", held_up)
     for rank, memory in enumerate(result.memory):
         sink.add("memory/resident", memory.resident, rank=rank)

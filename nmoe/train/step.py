@@ -31,6 +31,7 @@ from nmoe.errors import RunError, fail
 from nmoe.graph import TrainingGraph
 from nmoe.model.loss import chunk_of, linear_cross_entropy
 from nmoe.optim import norm
+from nmoe.train.marks import Marks
 from nmoe.train.tally import Tally, exchange
 
 Observer = Callable[[int, str], None]
@@ -54,7 +55,7 @@ class StepResult:
     clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
     group's learning rate. routed: what each layer's router counted, before the routers' `end_step`.
     seconds: wall time by part on this rank; on a GPU the host's, whose wait for the device falls into `norm`.
-    memory: of each rank.
+    memory: of each rank. marks: where the device's parts of the step end.
     """
 
     loss: float
@@ -67,6 +68,7 @@ class StepResult:
     routed: dict[int, Routed]
     seconds: dict[str, float]
     memory: list[platform.Memory]
+    marks: Marks
 
 
 def run_step(
@@ -79,6 +81,7 @@ def run_step(
     Raises RunError N0501 or N0522 if the loss or the gradient is not finite, N0509 or N0510 if the ranks are not alike.
     """
     started = time.perf_counter()
+    marks = Marks(graph.device)
     graph.optimizer.clear_gradients()
     graph.ranks.clear()
     graph.model.train()
@@ -100,7 +103,9 @@ def run_step(
         loss_sum.backward(gradient=share)
         losses.append(loss_sum.detach())
         graph.ranks.add()
+    marks.end("passes")
     graph.ranks.deliver()
+    marks.end("reduce")
     backward_seconds = time.perf_counter() - started - forward_seconds
 
     before = time.perf_counter()
@@ -122,6 +127,7 @@ def run_step(
     by_group = dict(zip(norms.groups, torch.stack(list(norms.groups.values())).sqrt().tolist(), strict=True))
     clipped = clip.item()
     counted = routed(graph)
+    marks.end("norm")
     norm_seconds = time.perf_counter() - before
 
     before = time.perf_counter()
@@ -129,6 +135,7 @@ def run_step(
     factor = graph.schedule.scale(tokens_seen)
     graph.optimizer.step(step=step, scale=factor, grad_scale=clip)
     graph.ranks.share()
+    marks.end("optimizer")
     optimizer_seconds = time.perf_counter() - before
 
     total_nats = math.fsum(nats)
@@ -148,6 +155,7 @@ def run_step(
             "optimizer": optimizer_seconds,
         },
         memory=told.memory,
+        marks=marks,
     )
 
 

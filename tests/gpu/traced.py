@@ -47,6 +47,7 @@ driver.set_active(
 )
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+torch.cuda.Event = lambda **options: SimpleNamespace(record=lambda: None)
 
 # Where the step asks for a value or an address, it gets one that lets it go on.
 FakeTensor.data_ptr = lambda self: 0

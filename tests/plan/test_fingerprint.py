@@ -165,7 +165,7 @@ def others(name, path, field, value):
         return [1 if value is None else value + 1]
     if wanted is float:
         return [value * 0.5 if value else 1e-5]
-    return [[item * 0.5 for item in value]]
+    return [[1, 2]] if value is None else [[item * 0.5 for item in value]]
 
 
 def changes():

@@ -79,12 +79,14 @@ def test_the_whole_layer_with_its_router(ranks):
 
 
 def test_torchrun_starts_it(tmp_path):
-    """The rendezvous of a launch, in processes of their own: the ranks' times, one line of JSON."""
+    """The rendezvous of a launch, in processes of their own: the ranks' times, a line of JSON each."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    shape = ["--cpu", "--tokens=64", "--hidden=16", "--width=16", "--experts=4", "--top-k=2", "--repeats=2"]
+    shape = ["--json", "--tokens=64", "--hidden=16", "--width=16", "--experts=4", "--top-k=2", "--repeats=2"]
     done = subprocess.run(
-        [*launch, "-m", "nmoe.bench.rdep", *shape], capture_output=True, text=True, check=False, cwd=tmp_path
+        [*launch, "-m", "nmoe", "bench", "rdep", *shape], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert (found["ranks"], found["same_bits"]) == (2, True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    who = [("forward", "alone"), ("forward", "ours"), ("backward", "alone"), ("backward", "ours")]
+    assert [(row["part"], row["who"]) for row in rows] == who
+    assert all(row["note"] == "a rank; the bits of the layer alone" for row in rows if row["who"] == "ours")

@@ -25,7 +25,7 @@ BASE = {
     "eval.bpb.sequences": 4, "eval.bpb.context": 0, "output.rank_timeout": 45.0,
     "output.divergence_every": 100,
     "output.router_collapse.dead_share": 0.75, "output.router_collapse.max_load": 4.0,
-    "output.router_collapse.window": 2, "output.router_collapse.action": '"warn"',
+    "output.router_collapse.window": 2, "output.router_collapse.action": '"warn"', "output.profile_steps": "[2]",
 }  # fmt: skip
 CHANGED = {
     "output.checkpoint_every": 1, "output.keep_checkpoints": 1, "output.metrics_every": 3, "output.progress_every": 1,
@@ -35,6 +35,7 @@ CHANGED = {
     # Either of the two is found and said in these runs; a window longer than the run is never full.
     "output.router_collapse.dead_share": 0.125, "output.router_collapse.max_load": 1.25,
     "output.router_collapse.window": STEPS + 1, "output.router_collapse.action": '"stop"',
+    "output.profile_steps": "[1, 4, 5, 10]",
 }  # fmt: skip
 PLACES = {"output.run_dir", "output.metrics_dir"}
 PATHS = {
