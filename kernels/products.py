@@ -126,8 +126,9 @@ def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, p: Launch) 
 def weight_gradient(
     tokens: Tensor, rows_PRF: Tensor, layout: Rows, out: Tensor, continues: bool, tokens_first: bool, p: Launch
 ) -> None:
-    """out[e] (+)= for each of e's segments: the sum over its rows r, in order, of rows[r]'s and tokens[token(r)]'s outer
-    product.
+    """out[e] += a product for each of e's segments, in their order; the step's first is stored.
+
+    The sum over the segment's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
 
     tokens_first False: rows_PRF is dh_2RF, out is (E, 2, F, D). True: rows_PRF is the weighted a as
     (1, R, F), out is (E, D, F). out is float32; continues: it holds the gradients of earlier microbatches.

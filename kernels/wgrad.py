@@ -108,7 +108,8 @@ def store(at_MN, value_MN, inside_MN, WHOLE: gl.constexpr, STREAMED: gl.constexp
 def consume(
     which: gl.constexpr, out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
     M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, CONTINUES: gl.constexpr,
-    APART: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    APART: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """One warpgroup: its half of every tile's rows, the products and then the float32 tile to memory."""
     WM: gl.constexpr = (BG if TOKENS_FIRST else BR) // 2
@@ -175,8 +176,8 @@ def consume(
 def wgrad_kernel(
     g_desc, x_ptr, token_ptr, r_desc, out_ptr, segments_ptr, D8, F8, rows, g_tiles, r_tiles, tiles,
     M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, CONTINUES: gl.constexpr,
-    APART: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    APART: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):
     g_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BG], gl.bfloat16)
     r_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BR], gl.bfloat16)
