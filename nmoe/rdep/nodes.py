@@ -211,7 +211,7 @@ class Nodes:
             f"{'rank' if len(names) == 1 else 'one of ranks'} {', '.join(map(str, names))} {text}",
             place=f"rank {self.rank} at {self.node.signals.here}",
             help="see whether it is stopped or has ended, what it wrote, and whether the nodes reach each other; "
-            "GLOO_SOCKET_IFNAME names the network's interface",
+            f"GLOO_SOCKET_IFNAME{'' if self.gpus is None else ' and NCCL_SOCKET_IFNAME'} tells the network's interface",
         )
 
 
