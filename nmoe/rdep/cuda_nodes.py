@@ -41,7 +41,7 @@ class Column:
     ) -> Any:
         """Launch an exchange behind what the stream has been given: torch's Work, None for nothing to do.
 
-        Work: `is_completed` without a wait, `exception` if it has failed. Whatever is behind it in the stream must be
+        Work: `is_completed` without a wait, then `is_success`. Whatever is behind it in the stream must be
         launched after its `wait`. Blocks until the counterparts launch theirs where two meet for the first time.
         """
         group: Any = self._group

@@ -123,8 +123,8 @@ class Nodes:
         work = self._ask(move, here)
         if work is not None:
             self._watch(work.is_completed, self.timeout_s, here)
-            if (error := work.exception()) is not None:
-                raise self._lost(None, f"cannot be reached at {here}: {(str(error).splitlines() or [''])[0]}")
+            if not work.is_success():
+                raise self._lost(None, f"has ended, or cannot be reached any more, at {here}")
             work.wait()
         self.moved += sum(tensor.nbytes for tensors in sends.values() for tensor in tensors)
 
