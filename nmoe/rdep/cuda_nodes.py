@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import ErrorType
 
 from nmoe import platform
 
@@ -38,11 +39,10 @@ class Column:
 
     def move(
         self, sends: Mapping[int, Sequence[Tensor]], receives: Mapping[int, Sequence[Tensor]], stream: torch.cuda.Stream
-    ) -> Any:
-        """Launch an exchange behind what the stream has been given: torch's Work, None for nothing to do.
+    ) -> torch.cuda.Event:
+        """Launch an exchange in the stream; what happens once it is done, if it has not failed.
 
-        Work: `is_completed` without a wait, then `is_success`. Whatever is behind it in the stream must be
-        launched after its `wait`. Blocks until the counterparts launch theirs where two meet for the first time.
+        Blocks until the counterparts launch theirs where two meet for the first time.
         """
         group: Any = self._group
         with torch.cuda.device(self.device), torch.cuda.stream(stream):
@@ -52,7 +52,15 @@ class Column:
                     for tensor in several:
                         if tensor.numel():
                             call([tensor], peer, 0)
-            return group._end_coalescing()
+            if (work := group._end_coalescing()) is not None:
+                work.wait()  # the stream does
+            return stream.record_event()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether NCCL has lost a counterpart; it looks ten times a second."""
+        found: bool = self._group.get_error() != ErrorType.SUCCESS
+        return found
 
     def close(self, *, has_failed: bool) -> None:
         """End the communicator; after a failure whatever still runs on it ends too, unfinished."""

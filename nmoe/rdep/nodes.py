@@ -113,19 +113,16 @@ class Nodes:
         self._watch(ready.query, math.inf, "")
         self.gpus.late.check()
 
-        def move() -> Any:
+        def move() -> torch.cuda.Event:
             tokens = {peer: [self._tokens[peer : peer + 1]] for peer in self.others}
             mine = [self._tokens[self.number : self.number + 1]]
             self._move(dict.fromkeys(self.others, mine), tokens)
-            return _blamed(None, column.move, sends, receives, stream)
+            event: torch.cuda.Event = _blamed(None, column.move, sends, receives, stream)
+            return event
 
         here = f"the exchange of {what}"
-        work = self._ask(move, here)
-        if work is not None:
-            self._watch(work.is_completed, self.timeout_s, here)
-            if not work.is_success():
-                raise self._lost(None, f"has ended, or cannot be reached any more, at {here}")
-            work.wait()
+        done: torch.cuda.Event = self._ask(move, here)
+        self._watch(done.query, self.timeout_s, here)
         self.moved += sum(tensor.nbytes for tensors in sends.values() for tensor in tensors)
 
     def _watch(self, is_done: Callable[[], bool], limit_s: float, what: str) -> None:
@@ -138,6 +135,8 @@ class Nodes:
                 looked = now
                 self.node.signals.waiting_elsewhere()
                 self._look()
+                if self._column is not None and self._column.has_failed:
+                    raise self._lost(None, f"has ended, or cannot be reached any more, at {what}")
             if now - begun > limit_s:
                 raise self._lost(None, f"did not finish {what} within {limit_s:g} s")
 
