@@ -14,8 +14,8 @@ temporary is one (T K, D) bf16 buffer of rows beside dh.
 The experts' part, from rows to rows, is the same whether the tokens are one rank's own or what an owner has
 received from N (nmoe.kernels.exchange); the sum over k is the tokens' owner's.
 
-Every part is bitwise repeatable (see each module). The chain of microbatches: call with `grads`
-to continue float32 gradients in place.
+Every part is bitwise repeatable (see each module). Weight gradients of each microbatch are added to `grads` in
+place, or lie there apart.
 """
 
 from collections.abc import Callable
@@ -96,11 +96,11 @@ def experts_forward(
 
 def experts_backward(
     dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, h_2RF: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
-    layout: Rows, grads: tuple[Tensor, Tensor], accumulate: bool, table: Table | None = None,
+    layout: Rows, grads: tuple[Tensor, Tensor], continues: bool, table: Table | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each pair's gradient of x, dx_RD in bf16, and <dout W_down, a> in parts, float32 (N, R).
 
-    dout_TD: unweighted. grads: float32 gradients of the two matrices, written in place; accumulate continues them.
+    dout_TD: unweighted. grads, continues: as `nmoe.kernels.products.weight_gradient`, for both matrices.
     """
     table = table or launches(x_TD.shape[1])
     weight_R = weight_TK.view(-1).index_select(0, layout.pair_R)
@@ -108,10 +108,10 @@ def experts_backward(
     dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
     dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, h_2RF, weight_R, layout, table["dgate"])
     dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
-    weight_gradient(dout, aw_RF[None], layout, grads[1], accumulate, True, table["dw_down"])
+    weight_gradient(dout, aw_RF[None], layout, grads[1], continues, True, table["dw_down"])
     del aw_RF, dout, dout_RD
     x = x_TD if table["dw_up"].gather else gather_rows(x_TD, layout)
-    weight_gradient(x, dh_2RF, layout, grads[0], accumulate, False, table["dw_up"])
+    weight_gradient(x, dh_2RF, layout, grads[0], continues, False, table["dw_up"])
     del x
     return dx_product(dh_2RF, w_gate_up_E2FD, layout, table["dx"]), dot_NR
 
@@ -133,17 +133,17 @@ def moe_forward(
 def moe_backward(
     dout_TD: Tensor, x_TD: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, saved: Saved,
     router: Callable[[Tensor], Tensor] | None = None, grads: tuple[Tensor, Tensor] | None = None,
-    table: Table | None = None,
+    continues: bool = True, table: Table | None = None,
 ) -> Gradients:  # fmt: skip
     """Gradients of x, of each pair's weight (float32) and of the expert matrices (float32).
 
     router: given the weights' gradient, returns the router's part of x's gradient (T, D), which starts the sum.
-    grads: float32 matrices' gradients to continue (in place), or None for fresh ones.
+    grads, continues: float32 gradients of the matrices, as `experts_backward`; None for fresh ones.
     """
     layout, written = saved.layout, grads or fresh_gradients(w_gate_up_E2FD, w_down_EDF)
     dx_RD, dot_NR = experts_backward(
-        dout_TD, x_TD, saved.weight_TK, saved.h_2RF, w_gate_up_E2FD, w_down_EDF, layout, written, grads is not None,
-        table,
+        dout_TD, x_TD, saved.weight_TK, saved.h_2RF, w_gate_up_E2FD, w_down_EDF, layout, written,
+        continues and grads is not None, table,
     )  # fmt: skip
     dweight_TK = sum_dots(dot_NR, layout.row_TK)
     dx_TD = combine(dx_RD, layout.row_TK, None, router(dweight_TK) if router else None)

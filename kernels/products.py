@@ -124,14 +124,17 @@ def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, p: Launch) 
 
 
 def weight_gradient(
-    tokens: Tensor, rows_PRF: Tensor, layout: Rows, out: Tensor, accumulate: bool, tokens_first: bool, p: Launch
+    tokens: Tensor, rows_PRF: Tensor, layout: Rows, out: Tensor, continues: bool, tokens_first: bool, p: Launch
 ) -> None:
-    """out[e] (+)= the sum over e's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
+    """out[e] += a product for each of e's segments, in their order; the step's first is stored.
 
-    In pieces that begin at the first row of each of e's segments, where the layout has them.
+    The sum over the segment's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
 
     tokens_first False: rows_PRF is dh_2RF, out is (E, 2, F, D). True: rows_PRF is the weighted a as
-    (1, R, F), out is (E, D, F). out is float32; accumulate says whether its content is continued.
+    (1, R, F), out is (E, D, F). out is float32; continues: it holds the gradients of earlier microbatches.
+
+    With one axis more, (M, ...), out gets each microbatch's gradients by themselves; continues: the step has earlier
+    microbatches than these. One without rows for e then has -0; but 0 if it is the step's first.
     """
     from nmoe.kernels.wgrad import wgrad_kernel
 
@@ -142,8 +145,9 @@ def weight_gradient(
     bg, br = (128, 256) if F % 256 == 0 else (256, 128)  # the wide side lies along F unless that would waste it
     g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
     whole = D % bg == 0 and F % br == 0
+    apart = out.dim() > (3 if tokens_first else 4)
     wgrad_kernel[(_blocks(),)](
         _ragged(tokens, STEP, bg), tokens, layout.token_R, _ragged(rows_PRF, STEP, br), out, segments,
         D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles, (len(segments) - 1) // experts,
-        planes, tokens_first, p.gather, accumulate, whole, bg, br, STEP, p.stages, *p.registers, num_warps=4,
+        planes, tokens_first, p.gather, continues, apart, whole, bg, br, STEP, p.stages, *p.registers, num_warps=4,
     )  # fmt: skip

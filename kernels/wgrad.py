@@ -6,16 +6,22 @@
 Layout: rows sorted by expert; K of the product is the rows, in pieces of 64 from the expert's first
 row on; both operands are read transposed by wgmma. The last piece is short: TMA fills the expert
 rows beyond the end with zeros, and rows that the producer gathers itself repeat the last token.
-Output (E, 2, F, D) and (E, D, F), float32. ACCUMULATE starts the accumulator from the output, so
-that microbatches chain: the bits are those of one sum over the concatenated pieces.
-Where the rows are those of M ranks' microbatches, an expert has M segments, one after the other, and
-each one's pieces begin at its own first row: M calls on a microbatch each, without the memory between.
+Output (E, 2, F, D) and (E, D, F), float32. Where the rows are those of M ranks' microbatches, an expert
+has M segments, one after the other, and each one's pieces begin at its own first row. Each segment's
+gradient is a sum of its own, from zero, and is added to the memory in the order of the segments:
+
+    g = ((g_0 + g_1) + g_2) + ...
+
+whoever of M ranks or M calls has taken the microbatches. The step's first is stored as it is, zeros where the
+expert has no rows; any other one without rows changes nothing. CONTINUES: segment 0 is not the step's first.
+APART: nothing is added, and each segment's gradient lies in a part of its own, (M, E, ...), -0 where one changes
+nothing: for several nodes, whose gradients meet elsewhere.
 
 One block an SM, persistent, as in grouped.py; a 256 x 128 tile, half for each of two warpgroups;
-float32 accumulators in registers, stored straight to memory past the cache (.cs), since an
-expert's gradient is as large as all that it is computed from. An expert without rows gets zeros.
+float32 accumulators in registers. A gradient that is not read again soon is stored past the cache (.cs), since
+it is as large as all that it is computed from; between two segments the cache holds the tile (128 KiB a block).
 
-Repeatable: each output element is one accumulator's sum over rows in order; no split, no atomics.
+Repeatable: each element is its segments' sums over rows in order, added in order; no split, no atomics.
 Floor and figures in NOTES.md.
 """
 
@@ -31,16 +37,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nmoe.kernels.grouped import block_barrier
-
-
-@gluon.jit
-def pieces(segments_ptr, e, M: gl.constexpr, BK: gl.constexpr):
-    """How many pieces of BK rows an expert has, over its M segments."""
-    total = 0
-    for s in range(M):
-        first = gl.load(segments_ptr + e * M + s)
-        total += (gl.load(segments_ptr + e * M + s + 1) - first + BK - 1) // BK
-    return total
 
 
 @gluon.jit
@@ -98,10 +94,22 @@ def produce(
 
 
 @gluon.jit
+def store(at_MN, value_MN, inside_MN, WHOLE: gl.constexpr, STREAMED: gl.constexpr):
+    """A float32 tile to memory; STREAMED: past the cache."""
+    if not WHOLE:
+        gl.store(at_MN, value_MN, mask=inside_MN)
+    elif STREAMED:
+        gl.store(at_MN, value_MN, cache_modifier=".cs")
+    else:
+        gl.store(at_MN, value_MN)
+
+
+@gluon.jit
 def consume(
     which: gl.constexpr, out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-    M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
-    WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, CONTINUES: gl.constexpr,
+    APART: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr,
 ):
     """One warpgroup: its half of every tile's rows, the products and then the float32 tile to memory."""
     WM: gl.constexpr = (BG if TOKENS_FIRST else BR) // 2
@@ -110,11 +118,11 @@ def consume(
     part: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, WM], gl.bfloat16)
     D = D8 * 8
     F = F8 * 8
+    planes = tiles // (g_tiles * r_tiles)
     count = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         plane, g, r = locate(tile, g_tiles, r_tiles)
         e = plane // PLANES
-        steps = pieces(segments_ptr, e, M, BK)
         if TOKENS_FIRST:  # out is (E, D, F)
             m0 = g * BG + which * WM
             n0 = r * BR
@@ -128,40 +136,48 @@ def consume(
         m_M = m0 + gl.arange(0, WM, gl.SliceLayout(1, mma))
         n_N = n0 + gl.arange(0, BN, gl.SliceLayout(0, mma))
         out_MN = out_ptr + plane.to(gl.int64) * D * F + m_M[:, None] * width + n_N[None, :]
-        if ACCUMULATE and WHOLE:
-            acc = gl.load(out_MN)
-        elif ACCUMULATE:
-            acc = gl.load(out_MN, mask=(m_M < height)[:, None] & (n_N < width)[None, :], other=0.0)
-        else:
+        inside_MN = (m_M < height)[:, None] & (n_N < width)[None, :]
+        for s in range(M):
+            first = gl.load(segments_ptr + e * M + s)
+            steps = (gl.load(segments_ptr + e * M + s + 1) - first + BK - 1) // BK
             acc = gl.zeros([WM, BN], gl.float32, mma)
-        for k in range(steps):
-            stage = count % STAGES
-            mbarrier.wait(full.index(stage), (count // STAGES) & 1)
-            if GATHER:
-                fence_async_shared()
-            a = (ring_g if TOKENS_FIRST else ring_r).index(stage)
-            b = (ring_r if TOKENS_FIRST else ring_g).index(stage)
-            a = a._reinterpret(gl.bfloat16, [2, BK, WM], part).index(which).permute([1, 0])
-            acc = warpgroup_mma(a, b, acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            if k > 0:
+            for k in range(steps):
+                stage = count % STAGES
+                mbarrier.wait(full.index(stage), (count // STAGES) & 1)
+                if GATHER:
+                    fence_async_shared()
+                a = (ring_g if TOKENS_FIRST else ring_r).index(stage)
+                b = (ring_r if TOKENS_FIRST else ring_g).index(stage)
+                a = a._reinterpret(gl.bfloat16, [2, BK, WM], part).index(which).permute([1, 0])
+                acc = warpgroup_mma(a, b, acc, is_async=True)
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                if k > 0:
+                    mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
+                count += 1
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            if steps > 0:
                 mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
-            count += 1
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        if steps > 0:
-            mbarrier.arrive(empty.index((count - 1) % STAGES), count=1)
-        if WHOLE:
-            gl.store(out_MN, acc, cache_modifier=".cs")
-        else:
-            gl.store(out_MN, acc, mask=(m_M < height)[:, None] & (n_N < width)[None, :])
+            is_first = s == 0 and not CONTINUES
+            if APART:
+                if steps == 0 and not is_first:
+                    acc = gl.full([WM, BN], -0.0, gl.float32, mma)
+                store(out_MN + s * planes.to(gl.int64) * D * F, acc, inside_MN, WHOLE, True)
+            elif is_first:
+                store(out_MN, acc, inside_MN, WHOLE, M == 1)
+            elif steps > 0:
+                if WHOLE:
+                    acc += gl.load(out_MN)
+                else:
+                    acc += gl.load(out_MN, mask=inside_MN, other=0.0)
+                store(out_MN, acc, inside_MN, WHOLE, M == 1)
 
 
 @gluon.jit
 def wgrad_kernel(
     g_desc, x_ptr, token_ptr, r_desc, out_ptr, segments_ptr, D8, F8, rows, g_tiles, r_tiles, tiles,
-    M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, ACCUMULATE: gl.constexpr,
-    WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    M: gl.constexpr, PLANES: gl.constexpr, TOKENS_FIRST: gl.constexpr, GATHER: gl.constexpr, CONTINUES: gl.constexpr,
+    APART: gl.constexpr, WHOLE: gl.constexpr, BG: gl.constexpr, BR: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):
     g_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BG], gl.bfloat16)
     r_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BK, BR], gl.bfloat16)
@@ -178,10 +194,10 @@ def wgrad_kernel(
         [
             (consume, (
                 gl.constexpr(0), out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-                M, PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
+                M, PLANES, TOKENS_FIRST, GATHER, CONTINUES, APART, WHOLE, BG, BR, BK, STAGES)),
             (consume, (
                 gl.constexpr(1), out_ptr, segments_ptr, ring_g, ring_r, full, empty, D8, F8, g_tiles, r_tiles, tiles,
-                M, PLANES, TOKENS_FIRST, GATHER, ACCUMULATE, WHOLE, BG, BR, BK, STAGES)),
+                M, PLANES, TOKENS_FIRST, GATHER, CONTINUES, APART, WHOLE, BG, BR, BK, STAGES)),
             (produce, (
                 g_desc, x_ptr, token_ptr, r_desc, segments_ptr, ring_g, ring_r, full, empty, D8, rows, g_tiles, r_tiles,
                 tiles, M, PLANES, GATHER, BG, BR, BK, STAGES)),

@@ -104,6 +104,11 @@ def environment_variables() -> dict[str, str]:
     }
 
 
+def watch_nccl() -> None:
+    """Has torch report what becomes of an NCCL communicator made from now on, and not end the process for it."""
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+
+
 def refuse_environment_variables() -> None:
     """RunError N0604, one finding for each variable of the closed list that somebody has set."""
     found = [name for name in REFUSED if name in os.environ and name not in _set_here]

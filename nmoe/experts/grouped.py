@@ -212,5 +212,5 @@ class GroupedExperts(torch.nn.Module):
         else:
             from nmoe.experts.hopper import HopperSwiglu
 
-            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places, transport)
+            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places, transport, self.apart)
         return y_TD

@@ -1,9 +1,9 @@
 """The experts of one layer on a Hopper GPU: `nmoe.kernels.moe` as one function of autograd, for one rank or many.
 
 The same mathematics as `nmoe.experts.grouped`, and the same saved tensors: x (on several ranks what this one
-received), the pre-activations, the weights of the pairs and the layout. bfloat16 rows and matrices; weight
-gradients float32, which chain the microbatches in order: backward continues `grad` itself and returns no gradient
-for the matrices.
+received), the pre-activations, the weights of the pairs and the layout. bfloat16 rows and matrices; each microbatch's
+weight gradients float32, which backward adds to `grad` itself, in order, or keeps apart, as `GroupedSwiglu` does; it
+returns no gradient for the matrices.
 
 One rank gathers rows from x and sums its pairs' rows where the products left them; several send and fetch them in
 between. The products and the sums are the same, at the same places, and so are the bits.
@@ -30,11 +30,12 @@ from nmoe.kernels.moe import (
 from nmoe.rdep.transport import AnyTransport
 
 if TYPE_CHECKING:
+    from nmoe.experts.grouped import Apart
     from nmoe.rdep.cuda import CudaTransport
 
 
 class HopperSwiglu(torch.autograd.Function):
-    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport)`; backward adds to both `grad`."""
+    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport, apart)`, as `GroupedSwiglu`."""
 
     @staticmethod
     def forward(
@@ -45,9 +46,10 @@ class HopperSwiglu(torch.autograd.Function):
         w_down_LDF: Tensor,
         places: Layout | Places,
         transport: AnyTransport,
+        apart: "tuple[Apart, Apart] | None",
     ) -> Tensor:
         ctx.matrices = w_gate_up_L2FD, w_down_LDF
-        ctx.places, ctx.transport = places, transport
+        ctx.places, ctx.transport, ctx.apart = places, transport, apart
         if isinstance(places, Layout):
             y_TD, saved = moe_forward(x_TD, places, weights_TK, w_gate_up_L2FD, w_down_LDF)
             ctx.save_for_backward(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, saved.h_2RF)
@@ -67,22 +69,28 @@ class HopperSwiglu(torch.autograd.Function):
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
         places, transport, dy_TD = ctx.places, ctx.transport, dy_TD.contiguous()
         gate_up, down = ctx.matrices
-        continued = None if gate_up.grad is None else (gate_up.grad, down.grad)
+        if ctx.apart is not None:
+            grads, continues = tuple(one.parts_M for one in ctx.apart), not ctx.apart[0].begins
+        elif gate_up.grad is not None:
+            grads, continues = (gate_up.grad, down.grad), True
+        else:
+            grads, continues = fresh_gradients(gate_up, down), False
         if isinstance(places, Layout):
             x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, h_2RF = ctx.saved_tensors
             saved = Saved(h_2RF, weights_TK, places)
-            found = moe_backward(dy_TD, x_TD, w_gate_up_L2FD, w_down_LDF, saved, grads=continued)
+            found = moe_backward(
+                dy_TD, x_TD, w_gate_up_L2FD, w_down_LDF, saved, grads=grads, continues=continues
+            )  # fmt: skip
             dx_TD, d_weights_TK = found.x_TD, found.weight_TK
-            grads = found.w_gate_up_E2FD, found.w_down_EDF
         else:
             x_UD, weight_UK, token_U, w_gate_up_L2FD, w_down_LDF, h_2RF, *index = ctx.saved_tensors
             received = Received(x_UD, weight_UK, token_U, received_layout(places, *index))
-            grads = continued or fresh_gradients(w_gate_up_L2FD, w_down_LDF)
             dy_UD = transport.dispatch_gradients(dy_TD, places)
             dx_RD, dot_NR = experts_backward(
-                dy_UD, x_UD, weight_UK, h_2RF, w_gate_up_L2FD, w_down_LDF, received.layout, grads, bool(continued)
+                dy_UD, x_UD, weight_UK, h_2RF, w_gate_up_L2FD, w_down_LDF, received.layout, grads, continues
             )
             rows_PD, slot_TK, d_weights_TK = transport.give_back_gradients(dx_RD, dot_NR, received, places)
             dx_TD = combine(rows_PD, slot_TK, None)
-        gate_up.grad, down.grad = grads
-        return dx_TD, d_weights_TK, None, None, None, None
+        if ctx.apart is None:
+            gate_up.grad, down.grad = grads
+        return dx_TD, d_weights_TK, None, None, None, None, None

@@ -29,7 +29,7 @@ from torch import Tensor
 from nmoe.optim.norm import gradient
 from nmoe.rdep.memory import Region
 from nmoe.rdep.node import Node
-from nmoe.rdep.nodes import Nodes
+from nmoe.rdep.nodes import Nodes, Tensors
 from nmoe.sharding import Share
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Reduction:
         for parameter in alike.values():
             parameter.grad = None
         self.node.meet("gradients")
-        self.nodes.exchange(self.sends, self.receives)
+        self._between_nodes("gradients", self.sends, self.receives)
         for number, parts in enumerate(self.parts):
             for total, part in zip(self.sums, parts, strict=True):
                 if self.begins and number == 0:
@@ -186,7 +186,7 @@ class Reduction:
             pair = self._copy(share), self._weight(("", place), share.rank % self.node.ranks)
             (mine if share.rank == self.rank else others).append(pair)
         copy([(shown, weight) for weight, shown in mine])
-        self.nodes.exchange(self.weight_sends, self.weight_receives)
+        self._between_nodes("weights", self.weight_sends, self.weight_receives)
         self.node.meet("weights")
         copy(others)
         self.read_in = self.node.phase
@@ -211,7 +211,19 @@ class Reduction:
         """(N, X): every rank's float32 vector of X elements, on the device; X the same on all."""
         if isinstance(self.node, Node):
             return torch.stack(self.gather(mine_X)).float()
-        return self.node.gather(mine_X)
+        mine_MX = self.node.gather(mine_X)
+        all_GMX = mine_MX.new_empty(self.nodes.count, *mine_MX.shape)
+        all_GMX[self.nodes.number] = mine_MX
+        others = self.nodes.others
+        self._between_nodes("values", {one: [mine_MX] for one in others}, {one: [all_GMX[one]] for one in others})
+        return all_GMX.view(self.ranks, -1)
+
+    def _between_nodes(self, what: str, sends: Tensors, receives: Tensors) -> None:
+        """An exchange with the counterparts, of tensors that lie where the arithmetic is."""
+        if isinstance(self.node, Node):
+            self.nodes.exchange(sends, receives)
+        else:
+            self.nodes.exchange_on_gpus(what, sends, receives)
 
     def _begin(self, begins: bool) -> None:
         self.begins = begins

@@ -57,18 +57,20 @@ class Late:
 class CudaNode:
     """One rank among its node's. Made by all of them together. A context: leaving it waits until all are done.
 
-    group: exactly these ranks. regions: of each rank's memory, the same on all. values: bytes that one rank brings to a
-    `gather`, at most. timeout_s: how long a rank waits in every phase, in seconds. RunError N0806 if there is no room.
+    group: exactly these ranks; None for one alone, as a node of a launch may have. regions: of each rank's
+    memory, the same on all. values: bytes that one rank brings to a `gather`, at most. timeout_s: how long a rank
+    waits in every phase, in seconds. RunError N0806 if there is no room.
 
     memory: each rank's regions. table: by name, the ranks' addresses, int64 (N), for kernels. phase: the number of
     the phase that this rank's stream has been given last.
     """
 
     def __init__(
-        self, *, group: torch.distributed.ProcessGroup, regions: Regions, values: int, device: torch.device,
+        self, *, group: torch.distributed.ProcessGroup | None, regions: Regions, values: int, device: torch.device,
         timeout_s: float,
     ) -> None:  # fmt: skip
-        self.rank, self.ranks, self.device = group.rank(), group.size(), device
+        self.rank, self.ranks = (0, 1) if group is None else (group.rank(), group.size())
+        self.device = device
         self.words, self.parity, self.phase = -(-values // 4), 0, 0
         own: Regions = {
             "flags": (torch.int64, (self.ranks * FLAG_WORDS,)),

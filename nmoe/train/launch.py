@@ -59,12 +59,6 @@ class Launch:
 
 def require_ranks(plan: Plan, ranks: int, per_node: int) -> None:
     """ConfigError N0601 or N0119 if the plan cannot be trained by these ranks."""
-    target = plan.config.platform.target
-    if ranks != per_node and target != "cpu":
-        raise _refused(
-            f"{ranks} ranks were launched, {per_node} on a node, and target `{target}` trains on one node so far",
-            "launch as many ranks as one node has",
-        )
     found = rank_problems(plan.config, ranks, per_node)
     if found:
         raise ConfigError([attrs.evolve(one, place=f"{ranks} ranks launched") for one in found])
@@ -131,8 +125,11 @@ def _together(
         ) as host, ExitStack() as stack:  # fmt: skip
             control.look = host.signals.check
             device = stack.enter_context(gpus(store, process, of_gpus, values, timeout_s)) if of_gpus else host
-            nodes = Nodes(node=host, count=ranks // per_node, store=store, control=control, timeout_s=timeout_s)
-            yield Peers(nodes, device)
+            nodes = Nodes(
+                node=host, count=ranks // per_node, store=store, control=control, timeout_s=timeout_s,
+                gpus=None if isinstance(device, Node) else device,
+            )  # fmt: skip
+            yield Peers(stack.enter_context(nodes), device)
     except BaseException as error:
         control.report(_cause(host, control, error))
         raise
@@ -154,16 +151,15 @@ def gpus(
     from nmoe.rdep.cuda_node import CudaNode
 
     device = torch.device("cuda", process.local_rank)
-    torch.distributed.init_process_group(
-        "nccl", store=torch.distributed.PrefixStore("gpus", store), rank=process.rank, world_size=process.world_size,
-        timeout=timedelta(seconds=timeout_s), device_id=device,
-    )  # fmt: skip
-    try:
-        group = torch.distributed.group.WORLD
-        assert group is not None
-        with CudaNode(
-            group=group, regions=regions, values=4 * values, device=device, timeout_s=timeout_s
-        ) as node:  # fmt: skip
-            yield node
-    finally:
-        torch.distributed.destroy_process_group()
+    with ExitStack() as stack:
+        group = None
+        if process.local_world_size > 1:
+            first = process.rank - process.local_rank
+            torch.distributed.init_process_group(
+                "nccl", store=torch.distributed.PrefixStore(f"gpus of {first}", store), rank=process.local_rank,
+                world_size=process.local_world_size, timeout=timedelta(seconds=timeout_s), device_id=device,
+            )  # fmt: skip
+            stack.callback(torch.distributed.destroy_process_group)
+            group = torch.distributed.group.WORLD
+        node = CudaNode(group=group, regions=regions, values=4 * values, device=device, timeout_s=timeout_s)
+        yield stack.enter_context(node)

@@ -27,4 +27,11 @@ products.up_product(x_TD, w_gate_up, lay, table["up"])
 name = "dw_up"
 rows_2RF = torch.zeros(2, T * K, F, dtype=torch.bfloat16)
 products.weight_gradient(x_TD, rows_2RF, lay, w_gate_up.float(), True, False, table["dw_up"])
+name = "dw_up of segments"
+segments = torch.zeros(2 * E + 1, dtype=torch.int32)
+of_two = layout.OwnerLayout(*lay, segments, segments[:3])
+products.weight_gradient(x_TD, rows_2RF, of_two, w_gate_up.float(), True, False, table["dw_up"])
+name = "dw_up apart"
+apart = torch.zeros(2, *w_gate_up.shape)
+products.weight_gradient(x_TD, rows_2RF, of_two, apart, True, False, table["dw_up"])
 print(json.dumps(found))

@@ -5,6 +5,7 @@ have no interpreter, are plain torch in float32. Each compares with one rank tha
 JSON object, name -> how many of the compared cases were wrong on either rank.
 """
 
+import itertools
 import json
 import mmap
 import os
@@ -21,6 +22,7 @@ import nmoe.kernels.moe as moe
 import nmoe.rdep.cuda as cuda
 import nmoe.rdep.cuda_node as cuda_node
 from nmoe.errors import NmoeError
+from nmoe.experts.grouped import Apart
 from nmoe.kernels import signals
 from nmoe.kernels.layout import layout_reference
 from nmoe.rdep.memory import Sizes, offsets
@@ -64,13 +66,16 @@ def experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, table=None):
     return y_RD, h_2RF
 
 
-def experts_backward(dout_TD, x_TD, weight_TK, h_2RF, w_gu, w_down, layout, grads, accumulate, table=None):
-    """As the kernels', the gradients of a segment's rows added in order to those of the segments before."""
+def experts_backward(dout_TD, x_TD, weight_TK, h_2RF, w_gu, w_down, layout, grads, continues, table=None):
+    """As the kernels': each segment's gradients sums of their own, added to those of the segments before, or apart."""
     weight_R = weight_TK.view(-1)[layout.pair_R]
     dx_RD = torch.full((len(layout.token_R), x_TD.shape[1]), float("nan"))
     dot_NR = torch.full((1, len(dx_RD)), float("nan"))
-    for e, (first, end) in enumerate(zip(layout.offsets_E1[:-1].tolist(), layout.offsets_E1[1:].tolist(), strict=True)):
-        sums = [grad[e] if accumulate else torch.zeros_like(grad[e]) for grad in grads]
+    ends = layout.segments_S1.tolist()
+    microbatches = (len(ends) - 1) // len(w_down)
+    for s, (first, end) in enumerate(itertools.pairwise(ends)):
+        e, m = divmod(s, microbatches)
+        sums = [torch.zeros(2, WIDTH, HIDDEN), torch.zeros(HIDDEN, WIDTH)]
         for r in range(first, end):
             t = layout.token_R[r]
             h_2F = h_2RF[:, r].clone().requires_grad_()
@@ -82,8 +87,14 @@ def experts_backward(dout_TD, x_TD, weight_TK, h_2RF, w_gu, w_down, layout, grad
             sums[0] = sums[0] + dh_2F[:, :, None] * x_TD[t]
             sums[1] = sums[1] + dout_TD[t][:, None] * (weight_R[r] * a_F.detach())
             dx_RD[r] = (dh_2F[:, :, None] * w_gu[e]).sum((0, 1))
+        changes = first < end or (m == 0 and not continues)
         for grad, value in zip(grads, sums, strict=True):
-            grad[e] = value
+            if grad.dim() > value.dim() + 1:
+                grad[m, e] = value if changes else -0.0
+            elif m == 0 and not continues:
+                grad[e] = value
+            elif changes:
+                grad[e] += value
     return dx_RD, dot_NR
 
 
@@ -122,12 +133,29 @@ def matrices(first: int, count: int) -> list[Tensor]:
     return [w[first : first + count].clone().requires_grad_() for w in whole]
 
 
-def step(transport, weights: list[Tensor], one: tuple[Tensor, ...]) -> list[Tensor]:
+def step(transport, weights: list[Tensor], one: tuple[Tensor, ...], apart=None) -> list[Tensor]:
     x_TD, indices_TK, weights_TK, dy_TD = one
     x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
     places = transport.layout(indices_TK, EXPERTS, 1)
-    y_TD = hopper.HopperSwiglu.apply(x_TD, weights_TK, *weights, places, transport)
+    y_TD = hopper.HopperSwiglu.apply(x_TD, weights_TK, *weights, places, transport, apart)
     return [y_TD.detach(), *torch.autograd.grad(y_TD, (x_TD, weights_TK), dy_TD)]
+
+
+def sums(transport, rank: int, batches: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Gradients that are kept apart, added in order as their owner does."""
+    ranks, local = transport.ranks, EXPERTS // transport.ranks
+    weights = matrices(rank * local, local)
+    apart = tuple(Apart(weight, ranks) for weight in weights)
+    totals = [torch.full(weight.shape, float("nan")) for weight in weights]
+    for j in range(len(batches) // ranks):
+        for one in apart:
+            one.begins = j == 0
+        step(transport, weights, batches[j * ranks + rank], apart)
+        for total, one in zip(totals, apart, strict=True):
+            for m, part in enumerate(one.parts_M):
+                total.copy_(part) if j == m == 0 else total.add_(part)
+    wrong("layer.apart", all(weight.grad is None for weight in weights))
+    return totals
 
 
 def be(rank: int) -> None:
@@ -146,6 +174,12 @@ def be(rank: int) -> None:
         part = slice(rank * EXPERTS // RANKS, (rank + 1) * EXPERTS // RANKS)
         for a, b in zip(mine, alone, strict=True):
             wrong("layer.matrices", torch.equal(a.grad, b.grad[part]))
+        found_apart = sums(several, rank, batches)
+        wrong("layer.apart", all(torch.equal(a, b.grad[part]) for a, b in zip(found_apart, alone, strict=True)))
+        if rank == 0:
+            alike = [one for one in batches if len(one[0])]
+            found_alone = sums(Alone(), 0, alike)
+            wrong("layer.apart", all(torch.equal(a, b.grad) for a, b in zip(found_alone, alone, strict=True)))
 
         buffers = [memory["gradients_P"] for memory in node.memory]
         for turn in range(3):
@@ -157,7 +191,7 @@ def be(rank: int) -> None:
             for dtype in (torch.float32, torch.float64):
                 got = node.gather(torch.arange(3).to(dtype) + rank * 10 + turn)
                 wrong("node.gather", got.tolist() == [[n * 10 + turn + i for i in range(3)] for n in range(RANKS)])
-    wrong("node.phase", node.phase == int(node.counter) == 2 * 5 + 3 * 4 + 1)
+    wrong("node.phase", node.phase == int(node.counter) == 4 * 5 + 3 * 4 + 1)
     late = node.late
     late.timeout_s = 0.2
     if rank == 0:  # the other has gone
@@ -170,9 +204,7 @@ def be(rank: int) -> None:
             wrong("late.verdict", int(late.verdict) == 1)
 
 
-SIZES = Sizes(
-    ranks=RANKS, tokens=TOKENS, num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, dtype=torch.float32
-)
+SIZES = Sizes(ranks=RANKS, tokens=TOKENS, num_experts=EXPERTS, top_k=TOP_K, hidden_size=HIDDEN, dtype=torch.float32)
 replaced()
 BLOCKS = [mmap.mmap(-1, 1 << 16) for _ in range(RANKS)]
 read, write = os.pipe()

@@ -24,7 +24,7 @@ NAMES = (
 
 
 TRANSPORT = (
-    "layer.y", "layer.dx", "layer.dw", "layer.matrices", "node.peers", "node.gather", "node.phase",
+    "layer.y", "layer.dx", "layer.dw", "layer.matrices", "layer.apart", "node.peers", "node.gather", "node.phase",
     "late.text", "late.verdict",
 )  # fmt: skip
 
