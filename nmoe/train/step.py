@@ -15,6 +15,10 @@ with weights, moments, counters and router biases as they were.
 
 A GPU's host waits once a step, for the verdict, and then has read all that it will report: what follows it,
 the update and the routers' biases, runs while the host begins the next step.
+
+On several GPUs a microbatch's pre-activations may not fit into the experts' arena (`nmoe.rdep.arena`). The verdict says
+so to all ranks, from the same counts; gradients, loads and balance losses are then forgotten, and the same batch is
+taken again with the experts of every layer computed again in backward.
 """
 
 import math
@@ -54,7 +58,9 @@ class StepResult:
     clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
     group's learning rate. routed: what each layer's router counted, before the routers' `end_step`.
     seconds: wall time by part on this rank; on a GPU the host's, whose wait for the device falls into `norm`.
-    memory: of each rank.
+    memory: of each rank. activation_rows: what a microbatch brought to each rank's arena at most; None without arenas.
+    repeated: seconds of the passes that did not fit there and were repeated, 0 if they did; they are no part of the
+    others.
     """
 
     loss: float
@@ -67,6 +73,17 @@ class StepResult:
     routed: dict[int, Routed]
     seconds: dict[str, float]
     memory: list[platform.Memory]
+    activation_rows: list[int] | None
+    repeated: float
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Passes:
+    """What forward and backward of this rank's microbatches gave; wall time of the host."""
+
+    losses: list[Tensor]
+    forward_seconds: float
+    backward_seconds: float
 
 
 def run_step(
@@ -78,33 +95,18 @@ def run_step(
     begins.
     Raises RunError N0501 or N0522 if the loss or the gradient is not finite.
     """
-    started = time.perf_counter()
-    graph.optimizer.clear_gradients()
-    graph.ranks.clear()
-    graph.model.train()
-    share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
-    losses = []
-    head_VD = graph.model.head.weight_VD
-    forward_seconds = 0.0
-    ours = slice(graph.ranks.rank, None, graph.ranks.ranks)
-    whole = (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
-    mine = [[to_device(part, graph.device) for part in t.split(graph.microbatch)[ours]] for t in whole]
-    for input_ids_BS, targets_BS, document_ids_BS in zip(*mine, strict=True):
-        before = time.perf_counter()
-        observe(step, "forward")
-        h_TD = graph.model(input_ids_BS, document_ids_BS if graph.document_mask else None)
-        targets_T = targets_BS.reshape(-1)
-        loss_sum = linear_cross_entropy(h_TD, head_VD, targets_T, chunk_tokens=chunk_of(head_VD))
-        forward_seconds += time.perf_counter() - before
-        observe(step, "backward")
-        loss_sum.backward(gradient=share)
-        losses.append(loss_sum.detach())
-        graph.ranks.add()
-    graph.ranks.deliver()
-    backward_seconds = time.perf_counter() - started - forward_seconds
-
+    repeated = 0.0
+    passes = forward_and_backward(graph, batch, step=step, observe=observe)
     before = time.perf_counter()
-    told = exchange(graph, digest=batch.digest, losses=losses, memory=platform.memory(graph.device.type))
+    told = exchange(graph, digest=batch.digest, losses=passes.losses, memory=platform.memory(graph.device.type))
+    if graph.arena is not None and not graph.arena.alone and max(told.activation_rows) > graph.arena.rows:
+        repeated = passes.forward_seconds + passes.backward_seconds + time.perf_counter() - before
+        for _, router in graph.routers():
+            router.forget()
+        with graph.arena.each_layer_alone():
+            passes = forward_and_backward(graph, batch, step=step, observe=observe)
+        before = time.perf_counter()
+        told = exchange(graph, digest=batch.digest, losses=passes.losses, memory=platform.memory(graph.device.type))
     nats, norms = told.nats, told.norms
     total = norms.total.sqrt().item()
     for index, value in enumerate(nats):
@@ -141,13 +143,46 @@ def run_step(
         rates=graph.optimizer.rates(factor),
         routed=counted,
         seconds={
-            "forward": forward_seconds,
-            "backward": backward_seconds,
+            "forward": passes.forward_seconds,
+            "backward": passes.backward_seconds,
             "norm": norm_seconds,
             "optimizer": optimizer_seconds,
         },
         memory=told.memory,
+        activation_rows=None if graph.arena is None else told.activation_rows,
+        repeated=repeated,
     )
+
+
+def forward_and_backward(graph: TrainingGraph, batch: TokenBatch, *, step: int, observe: Observer) -> Passes:
+    """The gradients of a step, from nothing: its microbatches on this rank, and the ranks' sums."""
+    started = time.perf_counter()
+    graph.optimizer.clear_gradients()
+    graph.ranks.clear()
+    if graph.arena is not None:
+        graph.arena.clear()
+    graph.model.train()
+    share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
+    losses = []
+    head_VD = graph.model.head.weight_VD
+    forward_seconds = 0.0
+    ours = slice(graph.ranks.rank, None, graph.ranks.ranks)
+    whole = (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
+    mine = [[to_device(part, graph.device) for part in t.split(graph.microbatch)[ours]] for t in whole]
+    for input_ids_BS, targets_BS, document_ids_BS in zip(*mine, strict=True):
+        before = time.perf_counter()
+        observe(step, "forward")
+        h_TD = graph.model(input_ids_BS, document_ids_BS if graph.document_mask else None)
+        targets_T = targets_BS.reshape(-1)
+        loss_sum = linear_cross_entropy(h_TD, head_VD, targets_T, chunk_tokens=chunk_of(head_VD))
+        forward_seconds += time.perf_counter() - before
+        observe(step, "backward")
+        loss_sum.backward(gradient=share)
+        losses.append(loss_sum.detach())
+        graph.ranks.add()
+    graph.ranks.deliver()
+    backward_seconds = time.perf_counter() - started - forward_seconds
+    return Passes(losses=losses, forward_seconds=forward_seconds, backward_seconds=backward_seconds)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
