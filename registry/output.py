@@ -161,8 +161,10 @@ class Output(Component):
         if useless:
             yield Problem(path=path, message=f"`activation_rows` {useless}", help="remove it")
             return
-        least = 2 * config.batch.microbatch * config.batch.sequence_length
-        least *= min(moe.router.top_k, moe.router.num_experts // 2)
+        sequences = config.batch.microbatch if config.eval.bpb is None else max(
+            config.batch.microbatch, config.eval.bpb.sequences
+        )
+        least = 2 * sequences * config.batch.sequence_length * min(moe.router.top_k, moe.router.num_experts // 2)
         if rows < least:
             yield Problem(
                 path=path,

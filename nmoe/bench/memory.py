@@ -3,12 +3,17 @@
 `python -m nmoe.bench.memory CONFIG... [--set KEY=VALUE] [--json]` resolves each config, takes two steps
 through nmoe.train.step on the plan's target, and prints for each kind the plan's bytes, the measured
 ones and their ratio. A plan that reads prepared shards is given the packaged text in bytes: how much
-memory a step takes does not depend on which tokens it reads.
+memory a step takes does not depend on which tokens it reads. Under torchrun all ranks train together, rank 0 prints,
+and a figure is that of the rank that has most; the gradients by themselves are then left out, since owners' sums
+take the place of most of them within the step.
 
     weights, gradients, optimizer   the tensors themselves, each storage once
     activations                     what a first microbatch's forward leaves behind, less the two gradients
                                     that the loss computes in its forward
-    peak                            of the second step: on CUDA the allocator's, on the CPU that of `Live`
+    activation_arena                the arena of several GPUs' experts
+    rdep_buffers                    on several GPUs the memory that they share, with `reduction` the sums beside it
+    peak                            of the second step: on CUDA the allocator's, with that memory; on the CPU that of
+                                    `Live`, and one rank's alone
 """
 
 import argparse
@@ -28,9 +33,13 @@ from torch.utils._pytree import tree_leaves
 from nmoe import platform
 from nmoe.errors import NmoeError
 from nmoe.graph import build
+from nmoe.optim.reduction import Alone
 from nmoe.plan.plan import Plan
 from nmoe.plan.resolve import resolve
+from nmoe.rdep.node import Node
+from nmoe.rdep.peers import Peers
 from nmoe.registry.data import BytesTokenizer, Corpus
+from nmoe.train.launch import launched, require_ranks
 from nmoe.train.loop import require_runnable
 from nmoe.train.step import run_step
 
@@ -65,21 +74,27 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(name)
 
 
+SHARED = "rdep_buffers + reduction"
+
+
 def measure(plan: Plan) -> dict[str, int]:
     """Bytes by kind, and `peak`, of the second of two steps; see the module.
 
     Raises what a training of the plan would.
     """
+    process = platform.process()
     require_runnable(plan)
+    require_ranks(plan, process.world_size, process.local_world_size)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
-    if plan.config.platform.target != "cpu":
-        return _steps(plan, None)
-    with Live() as live:
-        return _steps(plan, live)
+    with launched(plan, process) as launch:
+        if plan.config.platform.target != "cpu":
+            return _steps(plan, None, launch.peers)
+        with Live() as live:
+            return _steps(plan, live, launch.peers)
 
 
-def _steps(plan: Plan, live: Live | None) -> dict[str, int]:
-    graph = build(plan)
+def _steps(plan: Plan, live: Live | None, peers: Peers | None) -> dict[str, int]:
+    graph = build(plan, peers)
     alive: dict[str, int] = {}
 
     def observe(step: int, phase: str) -> None:
@@ -98,13 +113,21 @@ def _steps(plan: Plan, live: Live | None) -> dict[str, int]:
     of_the_loss = 4 * (tokens * head.shape[1] + head.numel())
     weights = [p for _, p in graph.model.named_parameters()]
     state = [t for name, t in graph.optimizer.state().items()]
-    return {
+    found = {
         "weights": _bytes(weights),
         "gradients": _bytes(p.grad for p in weights if p.grad is not None),
         "optimizer": _bytes([*weights, *state]) - _bytes(weights),
         "activations": alive["2 backward"] - alive["2 forward"] - of_the_loss,
         "peak": peak,
     }
+    if peers is None:
+        return found
+    del found["gradients"]
+    if graph.arena is not None and not isinstance(graph.ranks, Alone) and not isinstance(peers.device, Node):
+        shared, sums = peers.device.shared.buffer.nbytes, _bytes(graph.ranks.sums)
+        found |= {"activation_arena": graph.arena.h_2AF.nbytes, SHARED: shared + sums, "peak": peak + shared}
+    of_ranks = graph.ranks.gather(torch.tensor(list(found.values()), dtype=torch.float64))
+    return dict(zip(found, map(int, torch.stack(of_ranks).amax(dim=0).tolist()), strict=True))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -116,6 +139,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row a kind: estimated and measured bytes, and estimated / measured."""
     memory = plan.memory[plan.config.output.recompute]
     estimated = {**memory.whole, "peak": memory.at_peak["total"]}
+    estimated[SHARED] = memory.whole["rdep_buffers"] + memory.whole.get("reduction", 0)
     measured = measure(plan)
     gc.collect()
     if torch.cuda.is_available():
@@ -147,19 +171,23 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
     arguments = parser.parse_args()
+    process = platform.process()
     for config in arguments.configs:
         try:
-            found = rows(with_data(resolve(config, arguments.sets)))
+            ranks, per_node = process.world_size, process.local_world_size
+            found = rows(with_data(resolve(config, arguments.sets, ranks=ranks, ranks_per_node=per_node)))
         except NmoeError as error:
             sys.exit(str(error))
+        if process.rank:
+            continue
         if arguments.json:
             for row in found:
                 print(json.dumps(row), flush=True)
             continue
         print(f"{config}, recompute {found[0]['recompute']}")
-        print(f"  {'':14s} {'estimated':>16s} {'measured':>16s}  ratio")
+        print(f"  {'':24s} {'estimated':>16s} {'measured':>16s}  ratio")
         for row in found:
-            print(f"  {row['kind']:14s} {row['estimated']:16,d} {row['measured']:16,d}  {row['ratio']:.3f}", flush=True)
+            print(f"  {row['kind']:24s} {row['estimated']:16,d} {row['measured']:16,d}  {row['ratio']:.3f}", flush=True)
 
 
 if __name__ == "__main__":
