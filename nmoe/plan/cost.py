@@ -37,7 +37,8 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
                   weights, and the sums of what the rank keeps of that. On G nodes, whose ranks do not see each other's
                   memory, also, in float32: the (G - 1) N parts of what the rank keeps, experts included, that come
                   from other nodes; the sums of its experts; and in the place of their gradients N times these,
-                  each microbatch's of the node by itself
+                  each microbatch's of the node by itself. On a GPU two boxes for the norms of all ranks' rows, 4 N
+                  bytes for each row of the rank that keeps most of them
 
 They are not at their largest together: with one microbatch, activations shrink while gradients grow. The
 peak is the largest, over the moments of a step, of what is alive then. Weights, optimizer and buffers
@@ -273,7 +274,7 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
         kept[parameter.name] = MOMENTS[kinds[config.optimizer.group_of(parameter)]] * state + master
         alike += 0 if parameter.role == "expert" else elements
     whole["gradients"] = sum(gradients.values())
-    whole["optimizer"], owned = most_kept(config, kept, ranks, ranks_per_node)
+    whole["optimizer"], owned, rows = most_kept(config, kept, ranks, ranks_per_node)
     several, experts = batch.microbatches // ranks > 1, whole["gradients"] - sum(made.values())
     alive = made if several and ranks > 1 else gradients  # of a pass that is not the first
     layers = [halves(config, layer, recompute, alive, made, ranks_per_node) for layer in range(model.num_layers)]
@@ -283,7 +284,8 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
         whole["activation_arena"] = 0
     whole["rdep_buffers"] = rdep_bytes(config, ranks_per_node)
     if ranks > 1:
-        whole["reduction"] = 4 * (alike + owned + (nodes - 1) * ranks_per_node * owned + apart)
+        boxes = 0 if config.platform.target == "cpu" else 2 * ranks_per_node * rows
+        whole["reduction"] = 4 * (alike + owned + (nodes - 1) * ranks_per_node * owned + apart + boxes)
 
     always = 24 * (batch.tokens_per_step // ranks) + (0 if config.platform.target == "cpu" else 2 * CUBLAS_WORKSPACE)
     peak = {"total": 0}
@@ -305,17 +307,18 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
     return Memory(whole=whole, moment=moment, at_peak=peak, arena=arena)
 
 
-def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_node: int) -> tuple[int, int]:
-    """Bytes of state of the rank that keeps most, and elements of the one that adds most.
+def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_node: int) -> tuple[int, int, int]:
+    """Bytes of state of the rank that keeps most, elements of the one that adds most, and rows of the one with most.
 
     bytes_of: state of one element, by parameter.
     """
-    state, sums = [0] * ranks, [0] * ranks
+    state, sums, rows = [0] * ranks, [0] * ranks, [0] * ranks
     for share in shares_of(config, ranks, ranks_per_node):
         count = share.stop - share.start
         state[share.rank] += count * bytes_of[share.name]
+        rows[share.rank] += share.rows
         sums[share.rank] += 0 if is_expert(share.name) and ranks == ranks_per_node else count
-    return max(state), max(sums)
+    return max(state), max(sums), max(rows)
 
 
 def part_of(name: str) -> str:
