@@ -10,7 +10,8 @@ Mathematics, for the rows r of expert e (token t, weight w):
 
 Layout. Rows are sorted by expert; a tile of 128 rows begins at its expert's first row, so a row's
 place in its tile, and with it its arithmetic, depends on its expert's rows before it in whole
-tiles only. h and dh are two planes (2, R, F). Weights are (E, 2, F, D) and (E, D, F) as stored;
+tiles only. dh is two planes (2, R, F), and so is h, or it lies in two of more rows, from a first one
+on that the device knows (nmoe.kernels.arena). Weights are (E, 2, F, D) and (E, D, F) as stored;
 where the product runs over their slow axis, wgmma reads them transposed from shared memory.
 
 One kernel, one block an SM, persistent: block b takes tiles b, b + 132, ... A producer fills a ring
@@ -128,13 +129,13 @@ def store_rows(c_desc, stage, value, end, x0, col):
 
 
 @gluon.jit
-def fetch_pair(h_desc, staging, loaded, buffer, rows, end, x0, col, SIZE: gl.constexpr):
+def fetch_pair(h_desc, staging, loaded, buffer, h_rows, h_end, x0, col, SIZE: gl.constexpr):
     """Both planes' piece of the pre-activations into two of the staging buffers."""
     mbarrier.expect(loaded, 2 * 2 * SIZE)
     gate = staging.index(buffer)._reinterpret(h_desc.dtype, h_desc.block_shape, h_desc.layout)
     up = staging.index(buffer + 1)._reinterpret(h_desc.dtype, h_desc.block_shape, h_desc.layout)
-    tma.async_copy_global_to_shared(h_desc, [1 << 30, end, x0, col], loaded, gate)
-    tma.async_copy_global_to_shared(h_desc, [1 << 30, end + rows, x0, col], loaded, up)
+    tma.async_copy_global_to_shared(h_desc, [1 << 30, h_end, x0, col], loaded, gate)
+    tma.async_copy_global_to_shared(h_desc, [1 << 30, h_end + h_rows, x0, col], loaded, up)
 
 
 @gluon.jit
@@ -145,30 +146,32 @@ def halves(x):
 
 @gluon.jit
 def gate_columns(
-    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col,
+    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, h_rows, h_end, x0, first_col,
     WM: gl.constexpr, PIECES: gl.constexpr, SETS: gl.constexpr,
 ):
     """The SwiGLU gradient of the columns of d, from piece q of PIECES on; returns their part of <dA', A>."""
     if d.shape[1] > 32:
         left, right = halves(d)
         dot_M = gate_columns(
-            q, left, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col, WM, PIECES, SETS
+            q, left, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, h_rows, h_end, x0, first_col,
+            WM, PIECES, SETS,
         )
         rest_M = gate_columns(
-            q + d.shape[1] // 64, right, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col,
-            WM, PIECES, SETS,
+            q + d.shape[1] // 64, right, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, h_rows, h_end, x0,
+            first_col, WM, PIECES, SETS,
         )
         out_M = dot_M + gl.convert_layout(rest_M, dot_M.type.layout)
     else:
         out_M = gate_piece(
-            q, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col, WM, PIECES, SETS
+            q, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, h_rows, h_end, x0, first_col,
+            WM, PIECES, SETS,
         )
     return out_M
 
 
 @gluon.jit
 def gate_piece(
-    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, first_col,
+    q: gl.constexpr, d, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, h_rows, h_end, x0, first_col,
     WM: gl.constexpr, PIECES: gl.constexpr, SETS: gl.constexpr,
 ):
     """32 columns of the SwiGLU gradient; returns its part of <dA', A>."""
@@ -179,7 +182,7 @@ def gate_piece(
     if q < PIECES - 1 and SETS == 2:  # the other three buffers, once their stores have been read
         tma.store_wait(0)
         block_barrier()
-        fetch_pair(h_desc, staging, loaded, 3 - base, rows, end, x0, col + 32, 32 * WM)
+        fetch_pair(h_desc, staging, loaded, 3 - base, h_rows, h_end, x0, col + 32, 32 * WM)
     g = staging.index(base).load(layout).to(gl.float32)
     u = staging.index(base + 1).load(layout).to(gl.float32)
     sig = sigmoid(g)
@@ -206,7 +209,7 @@ def gate_piece(
     if q < PIECES - 1 and SETS == 1:
         tma.store_wait(0)
         block_barrier()
-        fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, col + 32, 32 * WM)
+        fetch_pair(h_desc, staging, loaded, 0, h_rows, h_end, x0, col + 32, 32 * WM)
     return dot_M
 
 
@@ -214,7 +217,7 @@ def gate_piece(
 def consume(
     which: gl.constexpr,
     c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
-    ring_a, ring_b, full, empty, order, staging, loaded, rows, n_tiles, k_tiles,
+    ring_a, ring_b, full, empty, order, staging, loaded, rows, h_rows, h_first_ptr, n_tiles, k_tiles,
     KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
     SHARE: gl.constexpr, SETS: gl.constexpr, GATHER: gl.constexpr,
 ):
@@ -224,6 +227,9 @@ def consume(
     part: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WM, BK], gl.bfloat16)
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
     total = gl.load(num_tiles_ptr) * n_tiles
+    h_first = 0
+    if (KIND == UP or KIND == DGATE) and h_first_ptr is not None:  # noqa: SIM109
+        h_first = gl.load(h_first_ptr)
     first_tile = gl.program_id(0)
     step = gl.num_programs(0)
     count = 0
@@ -244,7 +250,7 @@ def consume(
         if KIND == DGATE:  # the first piece of the pre-activations is fetched while the products run
             tma.store_wait(0)
             block_barrier()
-            fetch_pair(h_desc, staging, loaded, 0, rows, end, x0, n * BN, 32 * WM)
+            fetch_pair(h_desc, staging, loaded, 0, h_rows, end + h_first, x0, n * BN, 32 * WM)
 
         acc = gl.zeros([WM, BN], gl.float32, mma)
         if SHARE == 1:
@@ -277,14 +283,15 @@ def consume(
             gate, up = halves(acc.to(gl.bfloat16))
             g = gate.to(gl.float32)
             a = (g * sigmoid(g) * up.to(gl.float32)).to(gl.bfloat16)
-            store_rows(c_desc, staging.index(0), gate, end, x0, n * HALF)
-            store_rows(c_desc, staging.index(1 % SETS), up, end + rows, x0, n * HALF)
+            store_rows(h_desc, staging.index(0), gate, end + h_first, x0, n * HALF)
+            store_rows(h_desc, staging.index(1 % SETS), up, end + h_first + h_rows, x0, n * HALF)
             store_rows(aw_desc, staging.index(0), a, end, x0, n * HALF)
         elif KIND == DGATE:
             r_M = row + gl.arange(0, WM, gl.SliceLayout(1, mma))
             w_M = gl.load(weight_ptr + r_M, mask=r_M < end, other=0.0)
             dot_M = gate_columns(
-                0, acc, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, x0, n * BN, WM, BN // 32, SETS
+                0, acc, w_M, c_desc, h_desc, aw_desc, staging, loaded, rows, end, h_rows, end + h_first, x0, n * BN,
+                WM, BN // 32, SETS,
             )
             gl.store(dot_ptr + n * rows + r_M, gl.convert_layout(dot_M, gl.SliceLayout(1, mma)), mask=r_M < end)
         else:
@@ -297,7 +304,7 @@ def consume(
 @gluon.jit
 def rows_kernel(
     a_desc, x_ptr, token_ptr, b_desc, c_desc, h_desc, aw_desc, weight_ptr, dot_ptr,
-    offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, D8, rows, n_tiles, k_tiles,
+    offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr, D8, rows, h_rows, h_first_ptr, n_tiles, k_tiles,
     KIND: gl.constexpr, GATHER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, SHARE: gl.constexpr, SETS: gl.constexpr, REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):
@@ -328,11 +335,11 @@ def rows_kernel(
             (consume, (
                 gl.constexpr(0), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
                 tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging0, loaded.index(0), rows,
-                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS, GATHER)),
+                h_rows, h_first_ptr, n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS, GATHER)),
             (consume, (
                 gl.constexpr(1), c_desc, h_desc, aw_desc, weight_ptr, dot_ptr, offsets_ptr, tile_expert_ptr,
                 tile_row_ptr, num_tiles_ptr, ring_a, ring_b, full, empty, order, staging1, loaded.index(1), rows,
-                n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS, GATHER)),
+                h_rows, h_first_ptr, n_tiles, k_tiles, KIND, BM, BN, BK, STAGES, SHARE, SETS, GATHER)),
             (produce, (
                 a_desc, x_ptr, token_ptr, b_desc, offsets_ptr, tile_expert_ptr, tile_row_ptr, num_tiles_ptr,
                 ring_a, ring_b, full, empty, D8, rows, n_tiles, k_tiles, KIND, GATHER, BM, BN, BK, STAGES)),

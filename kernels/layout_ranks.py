@@ -51,7 +51,8 @@ class Places(NamedTuple):
     expert_TK: as routed. pairs_E: int32 (E), this rank's pairs for each of all experts. row_TK: int32 (T, K), each
     pair's row at its expert's owner. place_TN: int32 (T, N), where a token's row lies at an owner, -1 where it does not
     go. offsets_L1, segments_S1, source_N1, tile_expert, tile_row, num_tiles: of this rank's rows, as in
-    `nmoe.kernels.layout.OwnerLayout`.
+    `nmoe.kernels.layout.OwnerLayout`. first_row: int32 (1), where those rows begin in the arena; None until
+    `nmoe.kernels.arena.reserve` has said.
     """
 
     layer: int
@@ -65,6 +66,7 @@ class Places(NamedTuple):
     tile_expert: Tensor
     tile_row: Tensor
     num_tiles: Tensor
+    first_row: Tensor | None = None
 
 
 def places_reference(expert_NTK: list[Tensor], num_experts: int, rank: int, layer: int = 0) -> Places:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from nmoe.errors import fail
+from nmoe.kernels.arena import Kept
 from nmoe.kernels.combine import combine, gather_rows, sum_dots
 from nmoe.kernels.launch import Table, launches
 from nmoe.kernels.layout import Rows
@@ -82,31 +83,33 @@ def require(x_TD: Tensor, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF:
 
 
 def experts_forward(
-    x_TD: Tensor, layout: Rows, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, table: Table | None = None
-) -> tuple[Tensor, Tensor]:
-    """Each pair's output row y_RD, before its weight, and the pre-activations h_2RF, in bf16.
+    x_TD: Tensor, layout: Rows, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor, kept: Kept, table: Table | None = None
+) -> Tensor:
+    """Each pair's output row y_RD, before its weight, in bf16.
 
-    x_TD, w_gate_up_E2FD, w_down_EDF: bf16, contiguous. layout: of the tokens' pairs.
+    x_TD, w_gate_up_E2FD, w_down_EDF: bf16, contiguous. layout: of the tokens' pairs. kept: where the pre-activations
+    go, bf16.
     """
     table = table or launches(x_TD.shape[1])
     x = x_TD if table["up"].gather else gather_rows(x_TD, layout)
-    h_2RF, a_RF = up_product(x, w_gate_up_E2FD, layout, table["up"])
-    return down_product(a_RF, w_down_EDF, layout, table["down"]), h_2RF
+    a_RF = up_product(x, w_gate_up_E2FD, layout, kept, table["up"])
+    return down_product(a_RF, w_down_EDF, layout, table["down"])
 
 
 def experts_backward(
-    dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, h_2RF: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
+    dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, kept: Kept, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
     layout: Rows, grads: tuple[Tensor, Tensor], continues: bool, table: Table | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Each pair's gradient of x, dx_RD in bf16, and <dout W_down, a> in parts, float32 (N, R).
 
-    dout_TD: unweighted. grads, continues: as `nmoe.kernels.products.weight_gradient`, for both matrices.
+    dout_TD: unweighted. kept: where forward has put the pre-activations. grads, continues: as
+    `nmoe.kernels.products.weight_gradient`, for both matrices.
     """
     table = table or launches(x_TD.shape[1])
     weight_R = weight_TK.view(-1).index_select(0, layout.pair_R)
     dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
     dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
-    dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, h_2RF, weight_R, layout, table["dgate"])
+    dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, kept, weight_R, layout, table["dgate"])
     dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
     weight_gradient(dout, aw_RF[None], layout, grads[1], continues, True, table["dw_down"])
     del aw_RF, dout, dout_RD
@@ -126,7 +129,8 @@ def moe_forward(
     Raises N0710 for another dtype or layout, N0711 for D or F not a multiple of 8.
     """
     require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
-    y_RD, h_2RF = experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, table)
+    h_2RF = torch.empty(2, len(layout.token_R), w_down_EDF.shape[2], dtype=x_TD.dtype, device=x_TD.device)
+    y_RD = experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, Kept(h_2RF, None), table)
     return combine(y_RD, layout.row_TK, weight_TK), Saved(h_2RF, weight_TK, layout)
 
 
@@ -142,7 +146,7 @@ def moe_backward(
     """
     layout, written = saved.layout, grads or fresh_gradients(w_gate_up_E2FD, w_down_EDF)
     dx_RD, dot_NR = experts_backward(
-        dout_TD, x_TD, saved.weight_TK, saved.h_2RF, w_gate_up_E2FD, w_down_EDF, layout, written,
+        dout_TD, x_TD, saved.weight_TK, Kept(saved.h_2RF, None), w_gate_up_E2FD, w_down_EDF, layout, written,
         continues and grads is not None, table,
     )  # fmt: skip
     dweight_TK = sum_dots(dot_NR, layout.row_TK)

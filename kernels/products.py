@@ -10,6 +10,7 @@ import functools
 import torch
 from torch import Tensor
 
+from nmoe.kernels.arena import Kept
 from nmoe.kernels.launch import Launch
 from nmoe.kernels.layout import TILE_ROWS, Rows
 
@@ -57,7 +58,7 @@ def _weights(w: Tensor, *box: int):
 
 def _launch_rows(
     kind: str, a: Tensor, b, c, h, aw, weight_R: Tensor, dot_NR: Tensor, layout: Rows, D: int, tiles: int, steps: int,
-    p: Launch,
+    p: Launch, kept: Kept | None = None,
 ) -> None:  # fmt: skip
     from nmoe.kernels import grouped
 
@@ -66,23 +67,21 @@ def _launch_rows(
     grouped.rows_kernel[(_blocks(),)](
         _ragged(a, TILE_ROWS, STEP), a, layout.token_R, b, c, h, aw, weight_R, dot_NR,
         layout.offsets_E1, layout.tile_expert, layout.tile_row, layout.num_tiles, D // 8, len(layout.token_R),
-        tiles, steps, number, gather, TILE_ROWS, 128 * p.share, STEP, p.stages, p.share, p.sets, *p.registers,
-        num_warps=4,
+        0 if kept is None else kept.h_2AF.shape[1], None if kept is None else kept.first_row, tiles,
+        steps, number, gather, TILE_ROWS, 128 * p.share, STEP, p.stages, p.share, p.sets, *p.registers, num_warps=4,
     )  # fmt: skip
 
 
-def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, p: Launch) -> tuple[Tensor, Tensor]:
-    """h_2RF = x W_gate^T and x W_up^T, rounded to bf16, and a_RF = silu(h_0) * h_1."""
+def up_product(x: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, kept: Kept, p: Launch) -> Tensor:
+    """h = x W_gate^T and x W_up^T, rounded to bf16, to the rows that are kept, and a_RF = silu(h_0) * h_1."""
     F, D = w_gate_up_E2FD.shape[2:]
-    R = len(layout.token_R)
-    h_2RF = torch.empty(2, R, F, dtype=x.dtype, device=x.device)
-    a_RF = torch.empty(R, F, dtype=x.dtype, device=x.device)
+    a_RF = torch.empty(len(layout.token_R), F, dtype=x.dtype, device=x.device)
     box = (TILE_ROWS // p.share, 64 * p.share)
     w = _weights(w_gate_up_E2FD, 2, 64 * p.share, STEP)
-    h, a = _ragged(h_2RF, *box), _ragged(a_RF, *box)
+    h, a = _ragged(kept.h_2AF, *box), _ragged(a_RF, *box)
     none = layout.token_R
-    _launch_rows("up", x, w, h, h, a, none, none, layout, D, _cdiv(F, 64 * p.share), _cdiv(D, STEP), p)
-    return h_2RF, a_RF
+    _launch_rows("up", x, w, h, h, a, none, none, layout, D, _cdiv(F, 64 * p.share), _cdiv(D, STEP), p, kept)
+    return a_RF
 
 
 def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Rows, p: Launch) -> Tensor:
@@ -97,18 +96,18 @@ def down_product(a_RF: Tensor, w_down_EDF: Tensor, layout: Rows, p: Launch) -> T
 
 
 def dgate_product(
-    dout: Tensor, w_down_EDF: Tensor, h_2RF: Tensor, weight_R: Tensor, layout: Rows, p: Launch
+    dout: Tensor, w_down_EDF: Tensor, kept: Kept, weight_R: Tensor, layout: Rows, p: Launch
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh_2RF, the weighted a_RF, and <dout W_down, a> in parts, float32 (N, R)."""
     D, F = w_down_EDF.shape[1:]
     R = len(weight_R)
-    dh_2RF = torch.empty_like(h_2RF)
-    aw_RF = torch.empty(R, F, dtype=h_2RF.dtype, device=h_2RF.device)
+    dh_2RF = torch.empty(2, R, F, dtype=dout.dtype, device=dout.device)
+    aw_RF = torch.empty(R, F, dtype=dout.dtype, device=dout.device)
     tiles = _cdiv(F, 128 * p.share)
-    dot_NR = torch.empty(tiles, R, dtype=torch.float32, device=h_2RF.device)
-    dh, h, aw = (_ragged(t, TILE_ROWS // p.share, 32) for t in (dh_2RF, h_2RF, aw_RF))
+    dot_NR = torch.empty(tiles, R, dtype=torch.float32, device=dout.device)
+    dh, h, aw = (_ragged(t, TILE_ROWS // p.share, 32) for t in (dh_2RF, kept.h_2AF, aw_RF))
     w = _weights(w_down_EDF, 1, STEP, 128 * p.share)
-    _launch_rows("dgate", dout, w, dh, h, aw, weight_R, dot_NR, layout, D, tiles, _cdiv(D, STEP), p)
+    _launch_rows("dgate", dout, w, dh, h, aw, weight_R, dot_NR, layout, D, tiles, _cdiv(D, STEP), p, kept)
     return dh_2RF, aw_RF, dot_NR
 
 

@@ -5,6 +5,7 @@ the parts hold what they were given, and the plan is frozen.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -25,11 +26,16 @@ from nmoe.optim.replicas import Replicas
 from nmoe.optim.rounding import Rounding
 from nmoe.optim.wsd import Wsd
 from nmoe.part import Part
+from nmoe.plan.cost import memory_of
 from nmoe.plan.plan import Plan
 from nmoe.plan.ranks import is_expert, shares_of
+from nmoe.plan.rdep import between_gpus, most_tokens
 from nmoe.rdep.memory import Regions, Sizes
 from nmoe.rdep.peers import Peers
 from nmoe.sharding import Share
+
+if TYPE_CHECKING:
+    from nmoe.rdep.arena import Arena
 
 
 @attrs.frozen(kw_only=True)
@@ -42,6 +48,7 @@ class TrainingGraph:
     clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
     document_mask: attention stays within a document.
     tokens_per_step: the loss is a mean over these. device: where the model, its state and a step's work are.
+    arena: of the experts of several GPUs, None elsewhere.
     """
 
     model: Transformer
@@ -59,6 +66,7 @@ class TrainingGraph:
     document_mask: bool
     tokens_per_step: int
     device: torch.device
+    arena: "Arena | None"
 
     def routers(self) -> Iterator[tuple[int, Router]]:
         """(layer, router) of every MoE layer, first layer first."""
@@ -110,17 +118,25 @@ def transport_sizes(plan: Plan, ranks: int) -> Sizes | None:
     config = plan.config
     if config.model.moe is None or ranks == 1:
         return None
-    sequences = config.batch.microbatch
-    if config.eval.bpb is not None:
-        sequences = max(sequences, config.eval.bpb.sequences)
     return Sizes(
         ranks=ranks,
-        tokens=sequences * config.batch.sequence_length,
+        tokens=most_tokens(config),
         num_experts=config.model.moe.router.num_experts,
         top_k=config.model.moe.router.top_k,
         hidden_size=config.model.hidden_size,
         dtype=DTYPES[config.model.dtype],
     )
+
+
+def arena_numbers(plan: Plan, ranks: int, ranks_per_node: int) -> dict[str, Any] | None:
+    """The size of the experts' arena, by `nmoe.rdep.arena.Arena`'s names; None where there is none."""
+    config, recompute = plan.config, plan.config.output.recompute
+    if config.model.moe is None or not between_gpus(config, ranks_per_node):
+        return None
+    memory = memory_of(config, plan.optimizer_kinds, recompute, ranks=ranks, ranks_per_node=ranks_per_node)
+    assert memory.arena is not None
+    width = config.model.moe.experts.intermediate_size
+    return {"rows": memory.arena.rows, "width": width, "alone": recompute == "layer"}
 
 
 def regions_of(plan: Plan, ranks: int, ranks_per_node: int, *, values: int) -> tuple[Regions, Regions]:
@@ -152,7 +168,9 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
     local_rank, per_node = (0, 1) if peers is None else (peers.host.rank, peers.host.ranks)
     with device:
         node = None if peers is None else peers.device
-        transport = config.transport.build(node=node, sizes=transport_sizes(plan, per_node))
+        transport = config.transport.build(
+            node=node, sizes=transport_sizes(plan, per_node), arena_of=arena_numbers(plan, ranks, per_node)
+        )
         model = config.model.build(transport=transport, recompute=config.output.recompute)
     shapes = list(config.model.parameters())
     initialize(
@@ -231,6 +249,7 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
         document_mask=config.batch.document_mask,
         tokens_per_step=config.batch.tokens_per_step,
         device=device,
+        arena=transport.arena,
     )
     for _, router in graph.routers():
         assert config.model.moe is not None

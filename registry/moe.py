@@ -36,32 +36,36 @@ class Moe(Component):
     def shared_size(self) -> int:
         return self.num_shared_experts * self.experts.intermediate_size
 
-    def routing_bytes(self, target: str) -> int:
+    def routing_bytes(self, target: str, gpus: int = 1) -> int:
         """Bytes of one token of the routing, which is always kept: the router's, weights, and where the pairs lie.
 
-        Kernels: three int32 a pair. CPU: owner and row of a pair, int64; whether and where the token's row lies.
+        Kernels: three int32 a pair; between several GPUs of a node one, and one for each GPU, the others being of what
+        an owner received. CPU: owner and row of a pair, int64; whether and where the token's row lies.
         """
         pair, token = (4 + 2 * 8, 1 + 8) if target == "cpu" else (4 + 3 * 4, 0)
+        if gpus > 1:
+            pair, token = 4 + 4, 4 * gpus
         return self.router.saved_bytes(target) + self.router.top_k * pair + token
 
-    def saved_bytes(self, element: int, target: str) -> int:
+    def saved_bytes(self, element: int, target: str, gpus: int = 1) -> int:
         """Bytes of one token kept for backward: gate and up of each chosen and shared expert.
 
-        CPU: and of each row its token and its pair, int64.
+        CPU: and of each row its token and its pair, int64. Of several GPUs the chosen experts' are in the arena.
         """
         indices = 2 * 8 * self.router.top_k if target == "cpu" else 0
-        return 2 * (self.router.top_k * self.experts.intermediate_size + self.shared_size) * element + indices
+        chosen = self.router.top_k * self.experts.intermediate_size if gpus == 1 else 0
+        return 2 * (chosen + self.shared_size) * element + indices
 
-    def working_bytes(self, tokens: int, hidden_size: int, element: int, target: str) -> int:
-        """Bytes that the backward of `tokens` tokens needs: that of the routed or of the shared experts.
+    def working_bytes(self, tokens: int, rows: int, hidden_size: int, element: int, target: str) -> int:
+        """Bytes that the backward of `tokens` tokens, which have `rows` rows, needs: of the routed or shared experts.
 
         Kernels: the rows of the output's gradient, the gradients of gate and up and the weighted activation, all
-        T * K rows at once; shared experts as `Mlp`. CPU: the rows of the input's gradient, all at once, which are
+        rows at once; shared experts as `Mlp`. CPU: the rows of the input's gradient, all at once, which are
         added in float32, or what a chunk of neighbouring experts' rows needs beside them.
         """
         from nmoe.registry.model import swiglu_working_bytes
 
-        width, rows = self.experts.intermediate_size, tokens * self.router.top_k
+        width = self.experts.intermediate_size
         shared = tokens * swiglu_working_bytes(self.shared_size, element, target)
         if target != "cpu":
             return max(shared, rows * (hidden_size + 3 * width) * element)

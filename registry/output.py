@@ -71,6 +71,8 @@ class RouterCollapse(Component):
         return CollapseDetector(dead_share=self.dead_share, max_load=self.max_load, window=self.window)
 
 RECOMPUTE = ("none", "attention", "layer")
+MOST_ROWS = 2**30 - 2**15
+"""Rows of an arena: those of its two planes are counted together in 32-bit integers."""
 
 
 @attrs.frozen(kw_only=True)
@@ -94,6 +96,11 @@ class Output(Component):
         "what backward computes again instead of keeping it, with the same bits: each layer's attention, or its whole "
         "layer but the routing; it costs time and saves memory",
         default="none", choices=RECOMPUTE,
+    )
+    activation_rows: int | None = key(
+        "rows of the arena in which all layers' experts keep a microbatch's pre-activations; only with several GPUs of "
+        "a node; a step whose rows do not fit is repeated, with the same bits; absent: what fits",
+        default=None, minimum=1, maximum=MOST_ROWS, unit="rows",
     )
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
@@ -128,6 +135,7 @@ class Output(Component):
                 message=f"profile_steps has step {max(self.profile_steps or (0,))}, and the run has {steps} steps",
                 help=f"name steps of 1 to {steps}, such as [{min(10, steps)}]",
             )
+        yield from self._arena_problems(config, f"{path}.activation_rows")
         run = normpath(self.run_dir)
         if basename(run) in ("", ".", ".."):
             yield Problem(
@@ -152,4 +160,30 @@ class Output(Component):
                 path=f"{path}.metrics_dir",
                 message="`metrics_dir` is the run's own directory; metrics of all runs lie in it, by name",
                 help="name another directory, or remove the key",
+            )
+
+    def _arena_problems(self, config, path: str) -> Iterator[Problem]:
+        """An arena for nothing, or one that is too small for one layer of even two GPUs."""
+        rows, moe = self.activation_rows, config.model.moe
+        if rows is None:
+            return
+        useless = ""
+        if config.platform.target == "cpu":
+            useless = "has no meaning on target `cpu`, whose layers keep the rows that they have"
+        elif moe is None:
+            useless = "is for experts' rows, and the model has no MoE layer"
+        elif self.recompute == "layer":
+            useless = 'has no meaning with recompute = "layer", which keeps one layer\'s rows at a time'
+        if useless:
+            yield Problem(path=path, message=f"`activation_rows` {useless}", help="remove it")
+            return
+        sequences = config.batch.microbatch if config.eval.bpb is None else max(
+            config.batch.microbatch, config.eval.bpb.sequences
+        )
+        least = 2 * sequences * config.batch.sequence_length * min(moe.router.top_k, moe.router.num_experts // 2)
+        if rows < least:
+            yield Problem(
+                path=path,
+                message=f"activation_rows = {rows} is too few for a layer of two GPUs, which can have {least} rows",
+                help=f"set it to at least {least}, or remove it; nmoe build --ranks says what more GPUs need",
             )

@@ -6,6 +6,11 @@ import attrs
 
 from nmoe.registry.component import TARGETS, Component, Problem, key
 
+DEVICE_BYTES = {"sm_90a": 80 * 10**9, "sm_100a": 180 * 10**9}
+"""Memory that a plan may fill without being told, of the smallest card of a target: H100 80 GB, B200 180 GB. The
+80 GB card has 85.0 * 10^9 bytes (2026-11-25): what is beyond is for what no plan counts.
+"""
+
 
 @attrs.frozen(kw_only=True)
 class Platform(Component):

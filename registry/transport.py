@@ -9,10 +9,11 @@ from nmoe.registry.component import Component
 class Rdep(Component):
     """Direct dispatch and return: every pair has one place, computed from the counts by every rank."""
 
-    def build(self, node=None, sizes=None):
+    def build(self, node=None, sizes=None, arena_of=None):
         """The transport of one rank, whose index points into x itself, or between the ranks of a node.
 
-        sizes: of its buffers; None for a model without experts, whose tokens stay where they are.
+        sizes: of its buffers; None for a model without experts, whose tokens stay where they are. arena_of: between
+        GPUs, the numbers of the experts' arena by the names that `nmoe.rdep.arena.Arena` has for them.
         """
         if node is None or sizes is None:
             from nmoe.rdep.local import LocalTransport
@@ -24,6 +25,8 @@ class Rdep(Component):
             from nmoe.rdep.shm import ShmTransport
 
             return ShmTransport(node=node, sizes=sizes)
+        from nmoe.rdep.arena import Arena
         from nmoe.rdep.cuda import CudaTransport
 
-        return CudaTransport(node=node, sizes=sizes)
+        arena = Arena(**arena_of, sizes=sizes, rank=node.rank, device=node.device)
+        return CudaTransport(node=node, sizes=sizes, arena=arena)

@@ -2,12 +2,17 @@
 
 `nmoe bench memory CONFIG` takes two steps through nmoe.train.step on the plan's target, and shows for each kind the
 plan's bytes, the measured ones and their ratio. A plan that reads prepared shards is given the packaged text in
-bytes: how much memory a step takes does not depend on which tokens it reads.
+bytes: how much memory a step takes does not depend on which tokens it reads. Under torchrun all ranks train together,
+rank 0 speaks, and a figure is that of the rank that has most; the gradients by themselves are then left out, since
+owners' sums take the place of most of them within the step.
 
     weights, gradients, optimizer   the tensors themselves, each storage once
     activations                     what a first microbatch's forward leaves behind, less the two gradients
                                     that the loss computes in its forward
-    peak                            of the second step: on CUDA the allocator's, on the CPU that of `Live`
+    activation_arena                the arena of several GPUs' experts
+    rdep_buffers                    on several GPUs the memory that they share, with `reduction` the sums beside it
+    peak                            of the second step: on CUDA the allocator's, with that memory; on the CPU that of
+                                    `Live`, and one rank's alone
 """
 
 import gc
@@ -24,8 +29,12 @@ from torch.utils._pytree import tree_leaves
 from nmoe import platform
 from nmoe.bench.rows import Row
 from nmoe.graph import build
+from nmoe.optim.reduction import Alone
 from nmoe.plan.plan import Plan
+from nmoe.rdep.node import Node
+from nmoe.rdep.peers import Peers
 from nmoe.registry.data import BytesTokenizer, Corpus
+from nmoe.train.launch import launched, require_ranks
 from nmoe.train.loop import require_runnable
 from nmoe.train.step import run_step
 
@@ -60,21 +69,27 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(name)
 
 
+SHARED = "rdep_buffers + reduction"
+
+
 def measure(plan: Plan) -> dict[str, int]:
     """Bytes by kind, and `peak`, of the second of two steps; see the module.
 
     Raises what a training of the plan would.
     """
+    process = platform.process()
     require_runnable(plan)
+    require_ranks(plan, process.world_size, process.local_world_size)
     platform.require(plan.config.platform.target, plan.config.platform.threads)
-    if plan.config.platform.target != "cpu":
-        return _steps(plan, None)
-    with Live() as live:
-        return _steps(plan, live)
+    with launched(plan, process) as launch:
+        if plan.config.platform.target != "cpu":
+            return _steps(plan, None, launch.peers)
+        with Live() as live:
+            return _steps(plan, live, launch.peers)
 
 
-def _steps(plan: Plan, live: Live | None) -> dict[str, int]:
-    graph = build(plan)
+def _steps(plan: Plan, live: Live | None, peers: Peers | None) -> dict[str, int]:
+    graph = build(plan, peers)
     alive: dict[str, int] = {}
 
     def observe(step: int, phase: str) -> None:
@@ -93,13 +108,21 @@ def _steps(plan: Plan, live: Live | None) -> dict[str, int]:
     of_the_loss = 4 * (tokens * head.shape[1] + head.numel())
     weights = [p for _, p in graph.model.named_parameters()]
     state = [t for name, t in graph.optimizer.state().items()]
-    return {
+    found = {
         "weights": _bytes(weights),
         "gradients": _bytes(p.grad for p in weights if p.grad is not None),
         "optimizer": _bytes([*weights, *state]) - _bytes(weights),
         "activations": alive["2 backward"] - alive["2 forward"] - of_the_loss,
         "peak": peak,
     }
+    if peers is None:
+        return found
+    del found["gradients"]
+    if graph.arena is not None and not isinstance(graph.ranks, Alone) and not isinstance(peers.device, Node):
+        shared, sums = peers.device.shared.buffer.nbytes, _bytes(graph.ranks.sums)
+        found |= {"activation_arena": graph.arena.h_2AF.nbytes, SHARED: shared + sums, "peak": peak + shared}
+    of_ranks = graph.ranks.gather(torch.tensor(list(found.values()), dtype=torch.float64))
+    return dict(zip(found, map(int, torch.stack(of_ranks).amax(dim=0).tolist()), strict=True))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -111,6 +134,7 @@ def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row a kind: estimated and measured bytes, and estimated / measured."""
     memory = plan.memory[plan.config.output.recompute]
     estimated = {**memory.whole, "peak": memory.at_peak["total"]}
+    estimated[SHARED] = memory.whole["rdep_buffers"] + memory.whole.get("reduction", 0)
     measured = measure(plan)
     gc.collect()
     if torch.cuda.is_available():
@@ -137,8 +161,9 @@ def with_data(plan: Plan) -> Plan:
 
 
 def bench_rows(plan: Plan) -> Iterator[Row]:
-    """`rows` as `nmoe bench memory` shows them."""
-    for row in rows(plan):
+    """`rows` as `nmoe bench memory` shows them, on the rank that leads."""
+    found = rows(plan)
+    for row in found if platform.process().rank == 0 else ():
         for who in ("estimated", "measured"):
             yield Row(
                 work="memory", case=f"{row['config']}, recompute {row['recompute']}", part=row["kind"],

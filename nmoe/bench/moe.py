@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nmoe.bench.clock import captured, milliseconds
 from nmoe.kernels import moe, products
+from nmoe.kernels.arena import Kept
 from nmoe.kernels.combine import combine, gather_rows
 from nmoe.kernels.launch import SM_90A_DEEP, Launch, Table, launches
 from nmoe.kernels.layout import layout_reference, make_layout
@@ -146,8 +147,9 @@ def check(variants: str, names: list[str]) -> list[dict]:
             token = want.token_R.long()
             for label, table in tables(variants, shape.D).items():
                 row: dict = {"shape": name, "routing": routing, "table": label, "layout": same}
-                h, a = products.up_product(
-                    x.x_TD if table["up"].gather else x.x_TD[token], x.w_gate_up_E2FD, got, table["up"]
+                h = torch.empty(2, len(token), shape.F, device="cuda", dtype=torch.bfloat16)
+                a = products.up_product(
+                    x.x_TD if table["up"].gather else x.x_TD[token], x.w_gate_up_E2FD, got, Kept(h, None), table["up"]
                 )
                 h64 = torch.zeros(h.shape, dtype=torch.float64, device=h.device)
                 e_R = x.expert_TK.reshape(-1)[want.pair_R.long()].long()
@@ -242,16 +244,17 @@ def time_kernels(shape: Shape, routing: str, variants: str) -> list[dict]:
     dn = torch.empty(x.w_down_EDF.shape, device="cuda")
     dh = torch.randn(2, R, shape.F, device="cuda").bfloat16()
     aw = torch.randn(R, shape.F, device="cuda").bfloat16()
+    kept = Kept(torch.randn(2, R, shape.F, device="cuda").bfloat16(), None)
     for label, table in tables(variants, shape.D).items():
         for name, p in table.items():
             rows = x.x_TD if p.gather else x_RD
             drows = x.dout_TD if p.gather else dout_RD
             if name == "up":
-                show(name, label, partial(products.up_product, rows, x.w_gate_up_E2FD, lay, p), 2 * third)
+                show(name, label, partial(products.up_product, rows, x.w_gate_up_E2FD, lay, kept, p), 2 * third)
             elif name == "down":
                 show(name, label, partial(products.down_product, aw, x.w_down_EDF, lay, p), third)
             elif name == "dgate":
-                show(name, label, partial(products.dgate_product, drows, x.w_down_EDF, dh, w_R, lay, p), third)
+                show(name, label, partial(products.dgate_product, drows, x.w_down_EDF, kept, w_R, lay, p), third)
             elif name == "dx":
                 show(name, label, partial(products.dx_product, dh, x.w_gate_up_E2FD, lay, p), 2 * third)
             else:

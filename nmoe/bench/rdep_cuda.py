@@ -29,7 +29,8 @@ from nmoe.bench.rows import Row
 from nmoe.errors import fail
 from nmoe.experts.bf16 import Bf16Experts
 from nmoe.kernels.exchange import dispatch
-from nmoe.kernels.layout_ranks import Places
+from nmoe.kernels.layout_ranks import Places, most_rows
+from nmoe.rdep.arena import Arena
 from nmoe.rdep.cuda import CudaTransport, regions
 from nmoe.rdep.cuda_node import CudaNode
 from nmoe.rdep.local import LocalTransport
@@ -141,7 +142,9 @@ def measure(repeats: int, tokens: int, kind: str, device: torch.device) -> dict[
     group = dist.group.WORLD
     assert group is not None
     node = CudaNode(group=group, regions=regions(sizes), values=0, device=device, timeout_s=20)
-    several = CudaTransport(node=node, sizes=sizes)
+    least = most_rows(ranks=ranks, tokens=tokens, num_experts=EXPERTS, top_k=TOP_K)
+    arena = Arena(rows=least, width=INTERMEDIATE, sizes=sizes, rank=rank, device=device)
+    several = CudaTransport(node=node, sizes=sizes, arena=arena)
     generator = torch.Generator(device).manual_seed(rank)
     x_TD, dy_TD = (torch.randn(tokens, WIDTH, generator=generator, device=device).bfloat16() for _ in range(2))
     weights_TK = torch.rand(tokens, TOP_K, generator=generator, device=device)

@@ -230,8 +230,12 @@ def loader(config: str, sets: tuple[str, ...], repeats: int) -> Iterator[Row]:
 @sets_option
 @shown
 def memory(config: str, sets: tuple[str, ...]) -> Iterator[Row]:
-    """What CONFIG's step takes in memory, kind by kind, beside what the plan says."""
-    plan = resolved(config, sets)
+    """What CONFIG's step takes in memory, kind by kind, beside what the plan says; under torchrun on several ranks."""
+    from nmoe import platform
+    from nmoe.plan.resolve import resolve
+
+    process = platform.process()
+    plan = resolve(config, sets, ranks=process.world_size, ranks_per_node=process.local_world_size)
     from nmoe.bench import memory
 
     yield from memory.bench_rows(memory.with_data(plan))

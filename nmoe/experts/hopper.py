@@ -1,9 +1,9 @@
 """The experts of one layer on a Hopper GPU: `nmoe.kernels.moe` as one function of autograd, for one rank or many.
 
 The same mathematics as `nmoe.experts.grouped`, and the same saved tensors: x (on several ranks what this one
-received), the pre-activations, the weights of the pairs and the layout. bfloat16 rows and matrices; each microbatch's
-weight gradients float32, which backward adds to `grad` itself, in order, or keeps apart, as `GroupedSwiglu` does; it
-returns no gradient for the matrices.
+received), the pre-activations (on several ranks in the arena of all layers), the weights of the pairs and the layout.
+bfloat16 rows and matrices; each microbatch's weight gradients float32, which backward adds to `grad` itself, in order,
+or keeps apart, as `GroupedSwiglu` does; it returns no gradient for the matrices.
 
 One rank gathers rows from x and sums its pairs' rows where the products left them; several send and fetch them in
 between. The products and the sums are the same, at the same places, and so are the bits.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from nmoe.kernels.arena import Kept
 from nmoe.kernels.combine import combine
 from nmoe.kernels.exchange import Received, received_layout
 from nmoe.kernels.layout import Layout
@@ -58,10 +59,11 @@ class HopperSwiglu(torch.autograd.Function):
         several = cast("CudaTransport", transport)
         received = several.dispatch(x_TD, weights_TK, places)
         layout = received.layout
-        y_RD, h_2RF = experts_forward(received.x_UD, layout, w_gate_up_L2FD, w_down_LDF)
+        kept = Kept(several.arena.h_2AF, places.first_row)
+        y_RD = experts_forward(received.x_UD, layout, w_gate_up_L2FD, w_down_LDF, kept)
         rows_PD, slot_TK = several.give_back(y_RD, received, places)
         ctx.save_for_backward(
-            *received[:3], w_gate_up_L2FD, w_down_LDF, h_2RF, layout.token_R, layout.pair_R, layout.row_TK
+            *received[:3], w_gate_up_L2FD, w_down_LDF, layout.token_R, layout.pair_R, layout.row_TK
         )
         return combine(rows_PD, slot_TK, weights_TK)
 
@@ -83,11 +85,12 @@ class HopperSwiglu(torch.autograd.Function):
             )  # fmt: skip
             dx_TD, d_weights_TK = found.x_TD, found.weight_TK
         else:
-            x_UD, weight_UK, token_U, w_gate_up_L2FD, w_down_LDF, h_2RF, *index = ctx.saved_tensors
+            x_UD, weight_UK, token_U, w_gate_up_L2FD, w_down_LDF, *index = ctx.saved_tensors
             received = Received(x_UD, weight_UK, token_U, received_layout(places, *index))
+            kept = Kept(transport.arena.h_2AF, places.first_row)
             dy_UD = transport.dispatch_gradients(dy_TD, places)
             dx_RD, dot_NR = experts_backward(
-                dy_UD, x_UD, weight_UK, h_2RF, w_gate_up_L2FD, w_down_LDF, received.layout, grads, continues
+                dy_UD, x_UD, weight_UK, kept, w_gate_up_L2FD, w_down_LDF, received.layout, grads, continues
             )
             rows_PD, slot_TK, d_weights_TK = transport.give_back_gradients(dx_RD, dot_NR, received, places)
             dx_TD = combine(rows_PD, slot_TK, None)

@@ -40,13 +40,15 @@ class MoE(torch.nn.Module):
     def forward(self, x_TD: Tensor, *, recompute: bool = False) -> Tensor:
         """x_TD: (T, D); (T, D) in its dtype.
 
-        recompute: backward computes the experts again; the routing, its weights and its layout are kept.
+        recompute: backward computes the experts again; the routing, its weights and its layout are kept. It does so too
+        where the experts' arena has no room for more than one layer.
         """
         indices_TK, weights_TK = self.router(x_TD)
         places = self.transport.layout(indices_TK, self.num_experts, self.layer)
         if self.training and not isinstance(places, Layout):
             self.router.load_E += places.pairs_E
-        if recompute:
+        arena = self.transport.arena
+        if recompute or (arena is not None and arena.alone):
             return again(self.routed, x_TD, weights_TK, places)
         return self.routed(x_TD, weights_TK, places)
 

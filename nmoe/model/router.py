@@ -68,9 +68,13 @@ class Router(torch.nn.Module):
         if self.training and indices_TK.device.type == "cpu":
             self.load_E += torch.bincount(indices_TK.view(-1), minlength=self.load_E.numel())
 
-    @torch.no_grad()
     def end_step(self, tokens_seen: int) -> None:
-        """load = 0, and nothing recorded of the losses. tokens_seen: of the training, this step's among them."""
+        """Nothing counted any more. tokens_seen: of the training, this step's among them."""
+        self.forget()
+
+    @torch.no_grad()
+    def forget(self) -> None:
+        """load = 0, and nothing recorded of the losses."""
         self.load_E.zero_()
         if self.balance is not None:
             self.balance.clear()
@@ -169,7 +173,7 @@ class SigmoidRouter(Router):
             self.bias_E += self.bias_update_rate * torch.sign(short_E).to(torch.float32)
             if self.bias_limit is not None:
                 self.bias_E.clamp_(-self.bias_limit, self.bias_limit)
-        super().end_step(tokens_seen)
+        self.forget()
 
 
 def select(score_TE: Tensor, top_k: int) -> Tensor:

@@ -19,7 +19,7 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
     gradients     the same elements in float32
     optimizer     AdamW two moments, Muon one, and a master copy where dtype is not state_dtype; all in
                   state_dtype, of what the rank keeps that keeps most (`nmoe.sharding`)
-    activations   T times what a forward keeps for backward, per token: the final norm's input and output
+    activations   what a forward keeps for backward, T times per token: the final norm's input and output
                   (2 D e, and 4 for a norm's scale), 8 where documents are masked (on a GPU also in each
                   layer's first half), and in each layer
 
@@ -28,16 +28,17 @@ ranks of a node, D the hidden size, V the vocabulary, e the bytes of a value of 
                                     and what MLP or experts and shared experts save
 
                   (`saved_bytes` and `routing_bytes` of the specs). recompute = "attention" leaves x alone of
-                  the first half; "layer" leaves x and, of a MoE layer, the norm of h and the routing.
-    rdep_buffers  for N > 1: N * T rows received and T * top_k rows returned in dtype, 12 bytes of index and
-                  weight for each of N * T * top_k pairs, 4 for each weight's gradient returned, and two
-                  buffers of E + N counts of 8 bytes; on one rank nothing. T is that of an evaluation, if larger.
-                  On a GPU 8 bytes a pair and 4 a token received, and the counts of all ranks, 4 bytes each
+                  the first half; "layer" leaves x and, of a MoE layer, the norm of h and the routing. On several
+                  GPUs of a node the second half of a MoE layer keeps what its experts received, with room for the
+                  most, and no pre-activations of theirs
+    activation_arena  on several GPUs: these, of all layers (`nmoe.plan.rdep`, which has its rows and the next)
+    rdep_buffers  for N > 1, receive and return buffers of the experts' transport
     reduction     for several ranks: what all hold once more in float32, where ranks show each other gradients and
                   weights, and the sums of what the rank keeps of that. On G nodes, whose ranks do not see each other's
                   memory, also, in float32: the (G - 1) N parts of what the rank keeps, experts included, that come
                   from other nodes; the sums of its experts; and in the place of their gradients N times these,
-                  each microbatch's of the node by itself
+                  each microbatch's of the node by itself. On a GPU two boxes for the norms of all ranks' rows, 4 N
+                  bytes for each row of the rank that keeps most of them
 
 They are not at their largest together: with one microbatch, activations shrink while gradients grow. The
 peak is the largest, over the moments of a step, of what is alive then. Weights, optimizer and buffers
@@ -63,7 +64,8 @@ with C = min(T, 1024), on a GPU the power of two that makes 6 C V at most 1.5 Gi
 set of all of them: the batch, three int64 for each of a step's tokens on the rank; the final norm's output T D e,
 where it is not among the activations; on a GPU two cuBLAS workspaces of 32 MiB, for forward's thread and
 backward's. For M > 1 the second microbatch finds all gradients there: they are alive at all moments, and those that
-a moment makes are in its working set until they are added; experts add to theirs where they are. A tied
+a moment makes are in its working set until they are added; experts add to theirs where they are. Of several ranks it
+finds the experts' alone, as do the norm and the optimizer: the others have gone to their owners' sums. A tied
 table's gradient is made by the loss, and waits for the embedding's through all layers.
 
 Of the optimizer, AdamW needs next to nothing: 24 bytes for each of at most 2^16 values that are rounded to
@@ -80,11 +82,20 @@ from collections.abc import Iterator
 import attrs
 
 from nmoe.plan.ranks import is_expert, shares_of
+from nmoe.plan.rdep import (
+    BYTES,
+    Arena,
+    arena_of,
+    between_gpus,
+    most_rows,
+    rdep_bytes,
+    received_bytes,
+    row_bytes,
+)
 from nmoe.registry.config import Config
 from nmoe.registry.optimizer import Muon
 from nmoe.registry.output import RECOMPUTE
 
-BYTES = {"bf16": 2, "fp32": 4}
 MOMENTS = {"adamw": 2, "muon": 1}
 
 # What the parts at work are cut into; a test compares these with theirs.
@@ -93,6 +104,8 @@ LOSS_CHUNK_BYTES = 3 << 29
 ROUNDING_BLOCK = 1 << 16
 MUON_PIECE = 1 << 24
 NORM_VALUES = 1 << 18
+DELIVERED = ("norm of the gradients", "optimizer")
+"""Moments at which several ranks' gradients have gone to their owners."""
 CUBLAS_WORKSPACE = 32 * 2**20
 
 
@@ -101,12 +114,13 @@ class Memory:
     """What one rank needs, in bytes.
 
     whole: each kind at its largest. moment: when most is alive. at_peak: what of each kind is alive then,
-    with the `working_set` and their sum `total`, the peak.
+    with the `working_set` and their sum `total`, the peak. arena: of several GPUs, None elsewhere.
     """
 
     whole: dict[str, int]
     moment: str
     at_peak: dict[str, int]
+    arena: Arena | None
 
 
 @attrs.frozen
@@ -172,7 +186,7 @@ class Half:
     """One half of a layer.
 
     gradients: of its parameters; made: those that are made before they are added; working: what its backward needs;
-    all in bytes. kept, again: bytes of a token that a forward keeps, and that backward computes again.
+    kept, again: what a forward keeps, and what backward computes again; all in bytes.
     """
 
     name: str
@@ -184,14 +198,17 @@ class Half:
 
 
 def halves(
-    config: Config, layer: int, recompute: str, gradients: dict[str, int], made: dict[str, int]
+    config: Config, layer: int, recompute: str, gradients: dict[str, int], made: dict[str, int], per_node: int
 ) -> tuple[Half, Half]:
-    """The two halves of a layer: attention, and MLP or MoE. gradients, made: bytes by part, as in `Half`."""
+    """The two halves of a layer: attention, and MLP or MoE. gradients, made: bytes by part, as in `Half`.
+
+    per_node: ranks of a node.
+    """
     model, target = config.model, config.platform.target
     tokens, element = config.batch.microbatch * config.batch.sequence_length, BYTES[config.model.dtype]
     stream = model.hidden_size * element
     attention = model.attention_of(layer)
-    attended = 4 + stream + attention.saved_bytes(element, target)
+    attended, received = 4 + stream + attention.saved_bytes(element, target), 0
     if config.batch.document_mask and target != "cpu":
         attended += 8
     if layer < model.num_dense_layers:
@@ -200,18 +217,23 @@ def halves(
         working = tokens * model.mlp.working_bytes(element, target)
     else:
         assert model.moe is not None
-        routing, saved = model.moe.routing_bytes(target), model.moe.saved_bytes(element, target)
-        working = model.moe.working_bytes(tokens, model.hidden_size, element, target)
+        gpus, rows = 1, tokens * model.moe.router.top_k
+        if between_gpus(config, per_node):
+            gpus, rows, received = per_node, most_rows(config, per_node), received_bytes(config, per_node)
+        routing, saved = model.moe.routing_bytes(target, gpus), model.moe.saved_bytes(element, target, gpus)
+        working = model.moe.working_bytes(tokens, rows, model.hidden_size, element, target)
     second = stream + 4 + stream + routing + saved
     kept = {
-        "none": (stream + attended, second),
-        "attention": (stream, second),
-        "layer": (stream, stream + routing if routing else 0),
+        "none": (tokens * (stream + attended), tokens * second + received),
+        "attention": (tokens * stream, tokens * second + received),
+        "layer": (tokens * stream, tokens * (stream + routing) if routing else 0),
     }[recompute]
     again = {
         "none": (0, 0),
-        "attention": (attended, 0),
-        "layer": (attended + stream + 4, saved) if routing else (attended, attended + second),
+        "attention": (tokens * attended, 0),
+        "layer": (tokens * (attended + stream + 4), tokens * saved + received)
+        if routing
+        else (tokens * attended, tokens * (attended + second)),
     }[recompute]
     work = (attention.working_bytes(config.batch, model.window_of(layer), element, target), working)
     first, second_half = (
@@ -252,38 +274,51 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
         kept[parameter.name] = MOMENTS[kinds[config.optimizer.group_of(parameter)]] * state + master
         alike += 0 if parameter.role == "expert" else elements
     whole["gradients"] = sum(gradients.values())
-    whole["optimizer"], owned = most_kept(config, kept, ranks, ranks_per_node)
-    layers = [halves(config, layer, recompute, gradients, made) for layer in range(model.num_layers)]
+    whole["optimizer"], owned, rows = most_kept(config, kept, ranks, ranks_per_node)
+    several, experts = batch.microbatches // ranks > 1, whole["gradients"] - sum(made.values())
+    alive = made if several and ranks > 1 else gradients  # of a pass that is not the first
+    layers = [halves(config, layer, recompute, alive, made, ranks_per_node) for layer in range(model.num_layers)]
     per_token = 2 * model.hidden_size * element + 4 + 8 * batch.document_mask
-    whole["activations"] = tokens * (per_token + sum(half.kept for layer in layers for half in layer))
-    whole["rdep_buffers"] = rdep_bytes(config, tokens, ranks_per_node)
+    whole["activations"] = tokens * per_token + sum(half.kept for layer in layers for half in layer)
+    if between_gpus(config, ranks_per_node):
+        whole["activation_arena"] = 0
+    whole["rdep_buffers"] = rdep_bytes(config, ranks_per_node)
     if ranks > 1:
-        whole["reduction"] = 4 * (alike + owned + (nodes - 1) * ranks_per_node * owned + apart)
+        boxes = 0 if config.platform.target == "cpu" else 2 * ranks_per_node * rows
+        whole["reduction"] = 4 * (alike + owned + (nodes - 1) * ranks_per_node * owned + apart + boxes)
 
     always = 24 * (batch.tokens_per_step // ranks) + (0 if config.platform.target == "cpu" else 2 * CUBLAS_WORKSPACE)
-    several = batch.microbatches // ranks > 1
     peak = {"total": 0}
-    for name, own, done, activations, working in moments(config, kinds, layers, gradients, whole):
-        found = whole["gradients"] if several else done
+    for name, own, done, activations, working in moments(config, kinds, layers, alive, whole):
+        if ranks == 1:
+            found = whole["gradients"] if several else done
+        else:
+            found = experts if name in DELIVERED else done + (experts if several else 0)
         at = {**whole, "gradients": found, "activations": activations}
-        at["working_set"] = always + working + (own if several else 0)
+        at["working_set"] = always + working + (own if several and ranks == 1 else 0)
         at["total"] = sum(at.values())
         if at["total"] > peak["total"]:
             moment, peak = name, at
-    return Memory(whole=whole, moment=moment, at_peak=peak)
+    arena = None
+    if between_gpus(config, ranks_per_node):
+        arena = arena_of(config, recompute, ranks_per_node, peak["total"])
+        whole["activation_arena"] = peak["activation_arena"] = arena.rows * row_bytes(config)
+        peak["total"] += whole["activation_arena"]
+    return Memory(whole=whole, moment=moment, at_peak=peak, arena=arena)
 
 
-def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_node: int) -> tuple[int, int]:
-    """Bytes of state of the rank that keeps most, and elements of the one that adds most.
+def most_kept(config: Config, bytes_of: dict[str, int], ranks: int, ranks_per_node: int) -> tuple[int, int, int]:
+    """Bytes of state of the rank that keeps most, elements of the one that adds most, and rows of the one with most.
 
     bytes_of: state of one element, by parameter.
     """
-    state, sums = [0] * ranks, [0] * ranks
+    state, sums, rows = [0] * ranks, [0] * ranks, [0] * ranks
     for share in shares_of(config, ranks, ranks_per_node):
         count = share.stop - share.start
         state[share.rank] += count * bytes_of[share.name]
+        rows[share.rank] += share.rows
         sums[share.rank] += 0 if is_expert(share.name) and ranks == ranks_per_node else count
-    return max(state), max(sums)
+    return max(state), max(sums), max(rows)
 
 
 def part_of(name: str) -> str:
@@ -315,19 +350,19 @@ def moments(
     done = tied or gradients["head"]
     yield "loss, backward", done, done, whole["activations"], output + (loss if on_cpu else 8 * stream)
     done += gradients["norm"]
-    alive = tokens * sum(half.kept for layer in layers for half in layer)
+    alive = sum(half.kept for layer in layers for half in layer)
     for layer in reversed(layers):
         for half in reversed(layer):
             done += half.gradients
-            yield half.name, half.made + tied, done, alive, output + tokens * half.again + half.working
-            alive -= tokens * half.kept
+            yield half.name, half.made + tied, done, alive, output + half.again + half.working
+            alive -= half.kept
     done += gradients["embedding"] - tied
     widened = 0 if element == 4 else 4 * stream
     yield "embedding, backward", gradients["embedding"], done, 0, 2 * output + widened + tied
     shapes = [parameter.shape for parameter in model.parameters()]
     values = min(NORM_VALUES, max(map(size, shapes))) if on_cpu else sum(size(shape[:-1]) for shape in shapes)
-    yield "norm of the gradients", 0, done, 0, output + 4 * values
-    yield "optimizer", 0, done, 0, output + max(optimizer_working(config, name, kinds) for name in kinds)
+    yield DELIVERED[0], 0, done, 0, output + 4 * values
+    yield DELIVERED[1], 0, done, 0, output + max(optimizer_working(config, name, kinds) for name in kinds)
 
 
 def gpu_loss_chunk(vocab_size: int) -> int:
@@ -356,18 +391,3 @@ def optimizer_working(config: Config, group: str, kinds: dict[str, str]) -> int:
         tensor = max(size(shape) for shape in shapes if sorted(shape[-2:]) == [short, long])
         pieces.append(iterated + 4 * min(values, tensor) * (muon.nesterov + rounded))
     return max(pieces, default=0)
-
-
-def rdep_bytes(config: Config, tokens: int, ranks_per_node: int) -> int:
-    """Receive and return buffers of the expert transport. tokens: of a microbatch of training."""
-    moe = config.model.moe
-    if moe is None or ranks_per_node == 1:
-        return 0
-    if config.eval.bpb is not None:
-        tokens = max(tokens, config.eval.bpb.sequences * config.batch.sequence_length)
-    row = config.model.hidden_size * BYTES[config.model.dtype]
-    pairs = tokens * moe.router.top_k
-    counts, index = 2 * 8 * (moe.router.num_experts + ranks_per_node), 12 * pairs
-    if config.platform.target != "cpu":
-        counts, index = counts // 2 * ranks_per_node, 8 * pairs + 4 * tokens
-    return ranks_per_node * (tokens * row + index) + pairs * (row + 4) + counts

@@ -69,6 +69,11 @@ class Plan:
     stock_class: StockClass
 
     @property
+    def optimizer_kinds(self) -> dict[str, str]:
+        """The kind of each optimizer group, by its name."""
+        return {name: self.tree["optimizer"][name]["kind"] for name in self.config.optimizer.groups()}
+
+    @property
     def memory_bytes_per_rank(self) -> dict[str, int]:
         """What is alive at the peak of a step, by kind, and `total`."""
         return self.memory[self.config.output.recompute].at_peak

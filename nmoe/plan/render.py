@@ -187,6 +187,7 @@ def _ranks(plan: Plan) -> Iterator[str]:
         cells.append([str(one.rank), f"{one.rows:_}", f"{one.matrices:_}", f"{one.experts:_}", f"{share:.1%}"])
     yield from rows(cells, ">>>>>")
     yield ""
+    yield from _arena(plan)
     nodes = plan.ranks // plan.ranks_per_node
     where = f"the {plan.ranks_per_node} ranks of a node" if nodes > 1 else f"{plan.ranks} ranks"
     if plan.config.model.moe is not None and plan.ranks_per_node > 1:
@@ -196,6 +197,25 @@ def _ranks(plan: Plan) -> Iterator[str]:
         parts, weights = bytes_text(plan.traffic.parts), bytes_text(plan.traffic.weights)
         yield f"  {parts} of gradients in each of a step's {plan.traffic.passes} passes, and {weights} of weights."
     yield "  Sums over ranks are in the order of the microbatches: the bits are those of one rank."
+
+
+def _arena(plan: Plan) -> Iterator[str]:
+    """Nothing where each layer keeps its own rows."""
+    arena = plan.memory[plan.config.output.recompute].arena
+    if arena is None:
+        return
+    yield "  rows of the arena of the experts' pre-activations, for all layers of a microbatch:"
+    yield ""
+    told = plan.config.output.activation_rows is not None
+    kept = "activation_rows" if told else "one layer's" if arena.rows == arena.layer else "what fits"
+    cells = [["", "rows", "of the average"]]
+    for name, count in ((f"this plan, {kept}", arena.rows), ("one layer at most", arena.layer),
+                        ("all layers on the average", arena.average), ("all layers at most", arena.worst)):  # fmt: skip
+        cells.append([name, f"{count:_}", f"{count / arena.average:.2f}"])
+    yield from rows(cells, "<>>")
+    yield ""
+    yield "  A step of which a microbatch brings more is repeated, its experts computed again, with the same bits."
+    yield ""
 
 
 def _groups(plan: Plan) -> Iterator[str]:

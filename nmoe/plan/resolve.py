@@ -21,6 +21,7 @@ from nmoe.plan.layers import Tree, load, load_text
 from nmoe.plan.plan import Milestone, Plan
 from nmoe.plan.positions import Path
 from nmoe.plan.ranks import balance_of, traffic_of, transport_of
+from nmoe.plan.rdep import arena_problems
 from nmoe.plan.structure import Broken, BrokenPart, Findings, components, dotted, problems_of, structure
 from nmoe.registry.component import Component
 from nmoe.registry.config import Config
@@ -121,6 +122,8 @@ def rank_problems(config: Config, ranks: int, ranks_per_node: int) -> list[Diagn
         if moe is not None and moe.router.num_experts % ranks_per_node:
             message = f"{ranks_per_node} ranks of a node cannot share {moe.router.num_experts} experts evenly"
             found.append((message, _that_divide(moe.router.num_experts)))
+        else:
+            found += arena_problems(config, ranks_per_node)
     return [Diagnostic(code="N0119", message=m, place="--ranks", help=h) for m, h in found]
 
 

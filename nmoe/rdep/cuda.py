@@ -12,7 +12,7 @@ everything of the phases before it has been read, because the kernels that read 
 
 A phase is a kernel that stores, and the node's `meet`. Nothing here waits for the device or depends on how
 many rows came: buffers and grids are for the most there can be, N * T tokens, and counts stay on the device. What
-backward needs is copied out of the shared memory.
+backward needs is copied out of the shared memory; pre-activations are in the arena, whose rows a layout reserves.
 """
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nmoe.kernels.exchange import Lists, Received, dispatch, give_back, keep
 from nmoe.kernels.layout_ranks import Places, count, place
+from nmoe.rdep.arena import Arena
 from nmoe.rdep.cuda_node import CudaNode
 from nmoe.rdep.memory import Regions, Sizes
 
@@ -41,8 +42,8 @@ def regions(sizes: Sizes) -> Regions:
 class CudaTransport:
     """One rank's end of the transport. node: its memory has the regions of `regions(sizes)`, the same on all ranks."""
 
-    def __init__(self, *, node: CudaNode, sizes: Sizes) -> None:
-        self.node, self.rank, self.ranks, self.sizes = node, node.rank, node.ranks, sizes
+    def __init__(self, *, node: CudaNode, sizes: Sizes, arena: Arena) -> None:
+        self.node, self.rank, self.ranks, self.sizes, self.arena = node, node.rank, node.ranks, sizes, arena
         self.mine, self.table = node.memory[node.rank], node.table
         words = sizes.ranks * (sizes.num_experts + sizes.ranks)
         first = self.table["counts_2NC"]
@@ -63,7 +64,9 @@ class CudaTransport:
         self.count_parity ^= 1
         self.meet("counts", layer, counted.counts_C, self.count_boxes_N[self.count_parity])
         counts_NC = self.mine["counts_2NC"][self.count_parity]
-        return place(indices_TK, counted, counts_NC, rank=self.rank, most_tokens=self.sizes.tokens, layer=layer)
+        most_tokens = self.sizes.tokens
+        places = place(indices_TK, counted, counts_NC, rank=self.rank, most_tokens=most_tokens, layer=layer)
+        return places._replace(first_row=self.arena.reserve(counts_NC, layer))
 
     def dispatch(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Received:
         """As `Transport.dispatch`; x_UD and the lists have room for N * T tokens."""

@@ -1,16 +1,22 @@
 """The transport of one rank: nothing travels, the layout's index points into x itself."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from nmoe.rdep.layout import Layout, layout, route
 from nmoe.rdep.transport import Places, Received
 
+if TYPE_CHECKING:
+    from nmoe.rdep.arena import Arena
+
 
 class LocalTransport:
     """All experts and all tokens are here."""
 
     rank, ranks = 0, 1
+    arena: "Arena | None" = None
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
         """As `Transport.layout`; a GPU's host does not wait for it."""

@@ -14,6 +14,8 @@ their source publishes its next counts or output gradients. So there are no mess
 What backward needs is copied out of the shared memory.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,14 @@ from nmoe.rdep.memory import Memory, Sizes
 from nmoe.rdep.node import Node
 from nmoe.rdep.transport import Received
 
+if TYPE_CHECKING:
+    from nmoe.rdep.arena import Arena
+
 
 class ShmTransport:
     """One rank's end of the transport. node: its memory has the regions of `sizes`, the same on all ranks."""
+
+    arena: "Arena | None" = None
 
     def __init__(self, *, node: Node, sizes: Sizes) -> None:
         self.node, self.rank, self.ranks, self.sizes = node, node.rank, node.ranks, sizes

@@ -22,6 +22,7 @@ from nmoe.rdep.layout import Layout
 if TYPE_CHECKING:
     from nmoe.kernels.layout import Layout as DeviceLayout
     from nmoe.kernels.layout_ranks import Places as DevicePlaces
+    from nmoe.rdep.arena import Arena
     from nmoe.rdep.cuda import CudaTransport
 
 Places: TypeAlias = "Layout | DeviceLayout | DevicePlaces"
@@ -48,11 +49,13 @@ class Received:
 class Transport(Protocol):
     """Dispatch and return between the ranks that share the experts.
 
-    ranks: N, of which each holds E / N experts. rank: which of them this one is.
+    ranks: N, of which each holds E / N experts. rank: which of them this one is. arena: where the experts of all layers
+    put what backward needs; None where each layer keeps its own, whose size the host knows.
     """
 
     rank: int
     ranks: int
+    arena: "Arena | None"
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int) -> Places:
         """The places of the pairs that a routing chose. num_experts: E, of all ranks. layer: for messages."""

@@ -43,7 +43,7 @@ from nmoe.train.recording import record_evaluation, record_step
 from nmoe.train.run_dir import FollowedRun, RunDir
 from nmoe.train.signals import StopRequest
 from nmoe.train.state import TrainState
-from nmoe.train.step import Observer, run_step
+from nmoe.train.step import Observer, StepResult, run_step
 from nmoe.train.trace import Tracer
 
 
@@ -78,6 +78,7 @@ class Attempt:
         self.collapse = None if watched is None else watched.build()
         self.throughput = Throughput()
         self.held_up = 0.0
+        self.repeated = False
         self.bits: float | None = None
         self.state = TrainState()
 
@@ -277,6 +278,7 @@ class Attempt:
                     loaded = time.perf_counter()
                     result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=tracer.observe)
                 on_device, marks = {} if marks is None else marks.seconds(), result.marks
+                self._look_for_repetition(step, result)
                 self.observe(step, "router")
                 health = {
                     layer: router_health.health(one.load_E, one.bias_E, one.losses)
@@ -319,6 +321,18 @@ class Attempt:
         asked = self.graph.ranks.gather(torch.tensor([float(self.stop.number)], dtype=torch.float64))
         numbers = [int(number) for number in asked if number]
         return signal.Signals(numbers[0]).name if numbers else None
+
+    def _look_for_repetition(self, step: int, result: StepResult) -> None:
+        """Says of the first step whose activations did not fit that it was repeated; the metrics say it of each."""
+        if not result.repeated or self.repeated or result.activation_rows is None or self.graph.arena is None:
+            return
+        self.repeated = True
+        most, rows = max(result.activation_rows), self.graph.arena.rows
+        self.run_dir.event("step_repeated", step=step, activation_rows=rows, needed=most)
+        self.progress.say(
+            f"step {step}: repeated, with each layer's experts computed again: a microbatch brought {most} rows to a "
+            f"rank, and activation_rows = {rows}; `time/repeated` tells of others"
+        )
 
     def _look_for_collapse(self, step: int, health: dict[int, router_health.Health]) -> RunError | None:
         """Says which routers have collapsed, here and in the run's events; the error, if that is to stop the run."""

@@ -43,6 +43,10 @@ def record_step(
         if on_a_device:
             sink.add("memory/device", memory.device_allocated, rank=rank)
             sink.add("memory/device_peak", memory.device_peak, rank=rank)
+    if result.activation_rows is not None:
+        sink.add("time/repeated", result.repeated)
+        for rank, count in enumerate(result.activation_rows):
+            sink.add("memory/activation_rows", count, rank=rank)
     for name, layer, expert, value in router_health.rows(health):
         sink.add(name, value, layer=layer, expert=expert)
     sink.add("data/batch_digest", None, label=batch.digest)

@@ -15,6 +15,10 @@ with weights, moments, counters and router biases as they were.
 
 A GPU's host waits once a step, for the verdict, and then has read all that it will report: what follows it,
 the update and the routers' biases, runs while the host begins the next step.
+
+On several GPUs a microbatch's pre-activations may not fit into the experts' arena (`nmoe.rdep.arena`). The verdict says
+so to all ranks, from the same counts; gradients, loads and balance losses are then forgotten, and the same batch is
+taken again with the experts of every layer computed again in backward.
 """
 
 import math
@@ -55,7 +59,9 @@ class StepResult:
     clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
     group's learning rate. routed: what each layer's router counted, before the routers' `end_step`.
     seconds: wall time by part on this rank; on a GPU the host's, whose wait for the device falls into `norm`.
-    memory: of each rank. marks: where the device's parts of the step end.
+    memory: of each rank. marks: where the device's parts of the step end. activation_rows: what a microbatch brought to
+    each rank's arena at most; None without arenas. repeated: seconds of the passes that did not fit there and were
+    repeated, 0 if they did; they are no part of the others.
     """
 
     loss: float
@@ -69,6 +75,18 @@ class StepResult:
     seconds: dict[str, float]
     memory: list[platform.Memory]
     marks: Marks
+    activation_rows: list[int] | None
+    repeated: float
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Passes:
+    """What forward and backward of this rank's microbatches gave; wall time of the host, and marks of the device."""
+
+    losses: list[Tensor]
+    forward_seconds: float
+    backward_seconds: float
+    marks: Marks
 
 
 def run_step(
@@ -80,10 +98,76 @@ def run_step(
     begins.
     Raises RunError N0501 or N0522 if the loss or the gradient is not finite, N0509 or N0510 if the ranks are not alike.
     """
+    repeated = 0.0
+    passes = forward_and_backward(graph, batch, step=step, observe=observe)
+    before = time.perf_counter()
+    told = tell(graph, passes, step=step, digest=batch.digest)
+    if graph.arena is not None and not graph.arena.alone and max(told.activation_rows) > graph.arena.rows:
+        repeated = passes.forward_seconds + passes.backward_seconds + time.perf_counter() - before
+        for _, router in graph.routers():
+            router.forget()
+        with graph.arena.each_layer_alone():
+            passes = forward_and_backward(graph, batch, step=step, observe=observe)
+        before = time.perf_counter()
+        told = tell(graph, passes, step=step, digest=batch.digest)
+    nats, norms = told.nats, told.norms
+    total = norms.total.sqrt().item()
+    for index, value in enumerate(nats):
+        if not math.isfinite(value):
+            raise fail(
+                "N0501",
+                f"the loss of microbatch {index} is {value}",
+                place=f"step {step}, batch {batch.digest[:16]}",
+                help="weights are as they were before the step; lower the rate or look at the batch",
+            )
+    if not math.isfinite(total):
+        raise not_finite(graph, told, step=step, batch=batch)
+    clip = norm.clip_coefficient(norms.total, graph.clip_norm)
+    by_group = dict(zip(norms.groups, torch.stack(list(norms.groups.values())).sqrt().tolist(), strict=True))
+    clipped = clip.item()
+    counted = routed(graph)
+    passes.marks.end("norm")
+    norm_seconds = time.perf_counter() - before
+
+    before = time.perf_counter()
+    observe(step, "optimizer")
+    factor = graph.schedule.scale(tokens_seen)
+    graph.optimizer.step(step=step, scale=factor, grad_scale=clip)
+    graph.ranks.share()
+    passes.marks.end("optimizer")
+    optimizer_seconds = time.perf_counter() - before
+
+    total_nats = math.fsum(nats)
+    return StepResult(
+        loss=total_nats / graph.tokens_per_step,
+        bits_per_byte=total_nats / (math.log(2) * batch.num_bytes) if batch.num_bytes else math.nan,
+        norm=total,
+        norms=by_group,
+        clip=clipped,
+        scale=factor,
+        rates=graph.optimizer.rates(factor),
+        routed=counted,
+        seconds={
+            "forward": passes.forward_seconds,
+            "backward": passes.backward_seconds,
+            "norm": norm_seconds,
+            "optimizer": optimizer_seconds,
+        },
+        memory=told.memory,
+        marks=passes.marks,
+        activation_rows=None if graph.arena is None else told.activation_rows,
+        repeated=repeated,
+    )
+
+
+def forward_and_backward(graph: TrainingGraph, batch: TokenBatch, *, step: int, observe: Observer) -> Passes:
+    """The gradients of a step, from nothing: its microbatches on this rank, and the ranks' sums."""
     started = time.perf_counter()
     marks = Marks(graph.device)
     graph.optimizer.clear_gradients()
     graph.ranks.clear()
+    if graph.arena is not None:
+        graph.arena.clear()
     graph.model.train()
     share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
     losses = []
@@ -107,56 +191,13 @@ def run_step(
     graph.ranks.deliver()
     marks.end("reduce")
     backward_seconds = time.perf_counter() - started - forward_seconds
+    return Passes(losses=losses, forward_seconds=forward_seconds, backward_seconds=backward_seconds, marks=marks)
 
-    before = time.perf_counter()
+
+def tell(graph: TrainingGraph, passes: Passes, *, step: int, digest: str) -> Tally:
+    """What the ranks make of it together."""
     memory = platform.memory(graph.device.type)
-    told = exchange(graph, step=step, digest=batch.digest, losses=losses, memory=memory)
-    nats, norms = told.nats, told.norms
-    total = norms.total.sqrt().item()
-    for index, value in enumerate(nats):
-        if not math.isfinite(value):
-            raise fail(
-                "N0501",
-                f"the loss of microbatch {index} is {value}",
-                place=f"step {step}, batch {batch.digest[:16]}",
-                help="weights are as they were before the step; lower the rate or look at the batch",
-            )
-    if not math.isfinite(total):
-        raise not_finite(graph, told, step=step, batch=batch)
-    clip = norm.clip_coefficient(norms.total, graph.clip_norm)
-    by_group = dict(zip(norms.groups, torch.stack(list(norms.groups.values())).sqrt().tolist(), strict=True))
-    clipped = clip.item()
-    counted = routed(graph)
-    marks.end("norm")
-    norm_seconds = time.perf_counter() - before
-
-    before = time.perf_counter()
-    observe(step, "optimizer")
-    factor = graph.schedule.scale(tokens_seen)
-    graph.optimizer.step(step=step, scale=factor, grad_scale=clip)
-    graph.ranks.share()
-    marks.end("optimizer")
-    optimizer_seconds = time.perf_counter() - before
-
-    total_nats = math.fsum(nats)
-    return StepResult(
-        loss=total_nats / graph.tokens_per_step,
-        bits_per_byte=total_nats / (math.log(2) * batch.num_bytes) if batch.num_bytes else math.nan,
-        norm=total,
-        norms=by_group,
-        clip=clipped,
-        scale=factor,
-        rates=graph.optimizer.rates(factor),
-        routed=counted,
-        seconds={
-            "forward": forward_seconds,
-            "backward": backward_seconds,
-            "norm": norm_seconds,
-            "optimizer": optimizer_seconds,
-        },
-        memory=told.memory,
-        marks=marks,
-    )
+    return exchange(graph, step=step, digest=digest, losses=passes.losses, memory=memory)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1,9 +1,9 @@
 """What every rank tells the others once in a step, so that all of them decide the same.
 
 It travels between the processes as one vector of float64, in which counts are exact up to 2^53 and float32 values are
-what they were: the batch, memory, the losses of the rank's microbatches, each router's load and balance losses, and
-in some steps the digests of what all ranks hold alike (`nmoe.train.divergence`). The loads and balance losses of all
-ranks then stand in the routers.
+what they were: the batch, memory, the rows that the experts' arena needed, the losses of the rank's microbatches, each
+router's load and balance losses, and in some steps the digests of what all ranks hold alike (`nmoe.train.divergence`).
+The loads and balance losses of all ranks then stand in the routers.
 """
 
 import attrs
@@ -22,7 +22,7 @@ from nmoe.train.divergence import judge
 DIGEST_DIGITS = 13
 """Hexadecimal digits of a batch's digest that a float64 holds."""
 
-HEAD = 5
+HEAD = 6
 MOST_LOSSES = 2
 """Balance losses of a router, at most."""
 
@@ -31,11 +31,13 @@ MOST_LOSSES = 2
 class Tally:
     """All ranks' together.
 
-    nats: the loss of each microbatch of the step, in their order. memory: each rank's. norms: of the gradients.
+    nats: the loss of each microbatch of the step, in their order. memory: each rank's. activation_rows: the most that
+    a microbatch of the step brought to each rank's arena; 0 where there is none. norms: of the gradients.
     """
 
     nats: list[float]
     memory: list[platform.Memory]
+    activation_rows: list[int]
     norms: Norms
 
 
@@ -57,13 +59,13 @@ def exchange(
     """
     norms = graph.norms.squared()  # a GPU has it in its queue before the host waits for the losses
     if isinstance(graph.ranks, Alone):
-        return Tally(nats=torch.stack(losses).tolist(), memory=[memory], norms=norms)
+        return Tally(nats=torch.stack(losses).tolist(), memory=[memory], activation_rows=[0], norms=norms)
     halves = graph.replicas.halves() if graph.replicas.due(step) else torch.empty(0)  # in the queue too
     nats = torch.stack(losses).tolist()
 
     routers = [router for _, router in graph.routers()]
     batch = int(digest[:DIGEST_DIGITS], 16)
-    head = [batch, *attrs.astuple(memory)]
+    head = [batch, 0 if graph.arena is None else graph.arena.needed(), *attrs.astuple(memory)]
     terms = [router.balance.terms() for router in routers if router.balance is not None]
     loads = torch.stack([router.load_E for router in routers]).cpu() if routers else torch.empty(0)
     mine = [torch.tensor(head), torch.tensor(nats), loads, *terms, halves.cpu()]
@@ -91,7 +93,8 @@ def exchange(
         router.balance.replace(all_terms, graph.tokens_per_step)
     return Tally(
         nats=torch.stack([part[1] for part in parts], dim=1).view(-1).tolist(),
-        memory=[platform.Memory(**dict(zip(attrs.asdict(memory), found[1:], strict=True))) for found in heads],
+        memory=[platform.Memory(**dict(zip(attrs.asdict(memory), found[2:], strict=True))) for found in heads],
+        activation_rows=[found[1] for found in heads],
         norms=norms,
     )
 

@@ -10,6 +10,8 @@ import torch
 
 from nmoe import platform
 from nmoe.checkpoint.reader import require_head
+from nmoe.metrics.reader import read_rows
+from nmoe.plan.resolve import resolve
 from nmoe.train.gate import compare
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 else 0
@@ -46,4 +48,26 @@ def test_two_gpus_train_the_same_bits_as_one(tmp_path, config):
     train(tmp_path, "moved", config, 2, *sets, "output.stop_after_step=10")
     train(tmp_path, "moved", config, 1, *sets, "output.stop_after_step=20")
     digests = {require_head(tmp_path / name / "checkpoints").state_digest for name in ("one", "two", "moved")}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("config", [EVERY_PART, HOPPER], ids=["every part", "hopper"])
+def test_an_arena_that_every_step_overflows_gives_the_same_bits(tmp_path, config):
+    """The smallest arena, in which steps are repeated, and one with room for all that can come."""
+    sets = ["batch.sequences=8", "batch.microbatch=2", "output.checkpoint_every=10", "output.metrics_every=1"]
+    # More layers than the smallest arena can have, whose size an evaluation's larger batches would decide.
+    sets += ["output.stop_after_step=12", "model.num_layers=5", "eval.bpb.sequences=1"]
+    arena = resolve(config, sets, ranks=2, ranks_per_node=2).memory["none"].arena
+    train(tmp_path, "one", config, 1, *sets)
+    repeated = {}
+    for name, rows in (("least", arena.layer), ("full", arena.worst)):
+        train(tmp_path, name, config, 2, *sets, f"output.activation_rows={rows}")
+        assert compare(tmp_path, "one", name, 12)[0] == ""
+        found = read_rows(tmp_path / "metrics" / name, names=["memory/activation_rows", "time/repeated"])
+        brought = [row.value for row in found if row.name == "memory/activation_rows"]
+        assert 12 * 2 * arena.average <= sum(brought)  # of two passes' equal sums over ranks, the larger of each rank
+        assert max(brought) <= arena.worst
+        repeated[name] = [row.value > 0 for row in found if row.name == "time/repeated"]
+    assert repeated == {"least": [True] * 12, "full": [False] * 12}
+    digests = {require_head(tmp_path / name / "checkpoints").state_digest for name in ("one", "least", "full")}
     assert len(digests) == 1

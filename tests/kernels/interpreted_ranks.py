@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from torch import Tensor
 
-from nmoe.kernels import signals
+from nmoe.kernels import arena, signals
 from nmoe.kernels.combine import combine, combine_reference, gather_rows, sum_dots
 from nmoe.kernels.exchange import (
     Lists,
@@ -109,7 +109,7 @@ def layer(kind: str, ranks: int, tokens: list[int], top_k: int, experts: int, se
         meet(rank, 0, False)
         made = place(expert_NTK[rank], counted[rank], every[rank].counts_NC, rank=rank, most_tokens=most, layer=3)
         want = places_reference(expert_NTK, experts, rank, 3)
-        for name, got, wanted in zip(Places._fields[1:], made[1:], want[1:], strict=True):
+        for name, got, wanted in zip(Places._fields[1:-1], made[1:-1], want[1:-1], strict=True):
             tiles = int(want.num_tiles)
             same(f"places.{name}", got[:tiles] if name in ("tile_expert", "tile_row") else got, wanted)
         pairs_NE, tokens_NN = (torch.stack([getattr(r, n) for r in routings]) for n in ("pairs_E", "tokens_N"))
@@ -182,6 +182,47 @@ def layer(kind: str, ranks: int, tokens: list[int], top_k: int, experts: int, se
         wanted = dispatch_reference(x_NTD, weight_NTK, places, rank)[0]
         same("gradients.rows", one.rows_UD[: len(wanted)], wanted)
 
+
+def reservations(ranks: int, experts: int, rows: int, layers_of: list[list[str]], seed: int) -> None:
+    """Microbatches of layers with all sorts of routings: every owner's rows in an arena, as every rank computes them.
+
+    Beside the reference: rows that fit overlap nowhere, and an owner's verdict is whether a layer was overwritten.
+    """
+    local, state_3N = experts // ranks, torch.zeros(3, ranks, dtype=torch.int64)
+    most_N, overwritten_N = [0] * ranks, [False] * ranks
+    for number, kinds in enumerate(layers_of):
+        counts_LNC, rows_LN = [], []
+        for layer_number, kind in enumerate(kinds):
+            routed = routing(kind, ranks, [9] * ranks, 3, experts, seed + 10 * number + layer_number)
+            counts_LNC.append(torch.stack([count(e, num_experts=experts, ranks=ranks).counts_C for e in routed]))
+            pairs_P = torch.cat([e.reshape(-1) for e in routed])
+            rows_LN.append(torch.bincount(pairs_P // local, minlength=ranks).tolist())
+        first_LN, needed_N, overwritten = arena.reserve_reference(rows_LN, rows)
+        taken: list[set[int]] = [set() for _ in range(ranks)]
+        for layer_number, counts_NC in enumerate(counts_LNC):
+            got = arena.reserve(counts_NC, state_3N, rows=rows, begins=layer_number == 0, alone=False)
+            same("arena.first", got, torch.tensor(first_LN[layer_number]))
+            for o, (first, own) in enumerate(zip(got.tolist(), rows_LN[layer_number], strict=True)):
+                mine = set(range(first, first + own))
+                same("arena.within", torch.tensor(not mine or max(mine) < rows), torch.tensor(True))
+                overwritten_N[o] |= bool(taken[o] & mine)
+                taken[o] |= mine
+        most_N = [max(most, needed) for most, needed in zip(most_N, needed_N, strict=True)]
+        same("arena.needed", state_3N[arena.NEEDED], torch.tensor(needed_N))
+        same("arena.most", state_3N[arena.MOST], torch.tensor(most_N))
+        same("arena.verdict", state_3N[arena.MOST] > rows, torch.tensor(overwritten_N))
+        same("arena.reference", torch.tensor(overwritten), torch.tensor(max(needed_N) > rows))
+    for counts_NC in counts_LNC:
+        got = arena.reserve(counts_NC, state_3N, rows=rows, begins=counts_NC is counts_LNC[0], alone=True)
+        same("arena.alone", got, torch.zeros(ranks))
+    same("arena.alone needed", state_3N[arena.NEEDED], torch.tensor(needed_N))
+
+
+MANY = ["uniform", "zipf", "one rank", "none to one", "own", "repeated"]
+for ranks, experts in ((2, 6), (4, 12), (3, 33)):
+    most = ranks * 9 * 3  # of one layer: `repeated` sends every pair to the last rank
+    for seed, rows in enumerate((most, most + 1, 2 * most, 6 * most)):
+        reservations(ranks, experts, rows, [MANY, MANY[::-1], ["uniform"], ["repeated"] * 7, ["none to one"] * 2], seed)
 
 for kinds, ranks, tokens, top_k, experts in (
     ("uniform", 2, [270, 260], 2, 6),  # two blocks of tokens, three of pairs

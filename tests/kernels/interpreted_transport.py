@@ -24,11 +24,14 @@ import nmoe.rdep.cuda_node as cuda_node
 from nmoe.errors import NmoeError
 from nmoe.experts.grouped import Apart
 from nmoe.kernels import signals
+from nmoe.kernels.arena import MOST
 from nmoe.kernels.layout import layout_reference
+from nmoe.model.recompute import again
+from nmoe.rdep.arena import Arena
 from nmoe.rdep.memory import Sizes, offsets
 
 torch.set_num_threads(1)
-RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K = 2, 10, 16, 8, 4, 2
+RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 2, 10, 16, 8, 4, 2, 3
 DEVICE = torch.device("cpu")
 found: dict[str, int] = {}
 
@@ -54,20 +57,27 @@ class Memory:
         ]
 
 
-def experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, table=None):
+def kept_rows(kept, layout) -> Tensor:
+    """The layer's part of the two planes."""
+    first = 0 if kept.first_row is None else int(kept.first_row)
+    return kept.h_2AF[:, first : first + int(layout.offsets_E1[-1])]
+
+
+def experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, kept, table=None):
     """As the kernels', row by row, so that a row's bits do not depend on the others."""
     y_RD = torch.full((len(layout.token_R), x_TD.shape[1]), float("nan"))
-    h_2RF = torch.full((2, len(y_RD), WIDTH), float("nan"))
+    h_2RF = kept_rows(kept, layout)
     for e, (first, end) in enumerate(zip(layout.offsets_E1[:-1].tolist(), layout.offsets_E1[1:].tolist(), strict=True)):
         for r in range(first, end):
             x_D = x_TD[layout.token_R[r]]
             h_2RF[:, r] = w_gate_up_E2FD[e] @ x_D
             y_RD[r] = w_down_EDF[e] @ (torch.nn.functional.silu(h_2RF[0, r]) * h_2RF[1, r])
-    return y_RD, h_2RF
+    return y_RD
 
 
-def experts_backward(dout_TD, x_TD, weight_TK, h_2RF, w_gu, w_down, layout, grads, continues, table=None):
+def experts_backward(dout_TD, x_TD, weight_TK, kept, w_gu, w_down, layout, grads, continues, table=None):
     """As the kernels': each segment's gradients sums of their own, added to those of the segments before, or apart."""
+    h_2RF = kept_rows(kept, layout)
     weight_R = weight_TK.view(-1)[layout.pair_R]
     dx_RD = torch.full((len(layout.token_R), x_TD.shape[1]), float("nan"))
     dot_NR = torch.full((1, len(dx_RD)), float("nan"))
@@ -111,7 +121,7 @@ def replaced() -> None:
 class Alone:
     """One rank's transport with the kernels' layout."""
 
-    ranks = 1
+    ranks, arena = 1, None
 
     def layout(self, indices_TK: Tensor, num_experts: int, layer: int):
         return layout_reference(indices_TK, num_experts)
@@ -158,12 +168,48 @@ def sums(transport, rank: int, batches: list[tuple[Tensor, ...]]) -> list[Tensor
     return totals
 
 
+def layers_in_an_arena(several: cuda.CudaTransport, rank: int) -> None:
+    """A microbatch of more layers than fit at one of the ranks: both know, and alone each layer gives its bits."""
+    arena = several.arena
+    (_, indices_TK, _, _), batches = batch(2), [batch(4 + m) for m in range(RANKS)]  # all for the first two experts
+
+    def run(through, microbatches: list[int], first: int, count: int, alone: bool = False) -> list[list[Tensor]]:
+        drawn = [w.detach() for w in matrices(first, count)]
+        layers = [[(w * (1 + layer)).requires_grad_() for w in drawn] for layer in range(LAYERS)]
+        results = []
+        for x_TD, _, weights_TK, dy_TD in (batches[m] for m in microbatches):
+            y_TD = x_TD = x_TD.clone().requires_grad_()
+            for layer, weights in enumerate(layers):
+                inputs = y_TD, weights_TK, *weights, through.layout(indices_TK, EXPERTS, layer), through, None
+                routed = hopper.HopperSwiglu.apply
+                y_TD = y_TD + (again(routed, *inputs) if alone else routed(*inputs))
+            results.append([y_TD.detach(), *torch.autograd.grad(y_TD, x_TD, dy_TD)])
+        return [*results, [weight.grad for weights in layers for weight in weights]]
+
+    part = slice(rank * EXPERTS // RANKS, (rank + 1) * EXPERTS // RANKS)
+    want = run(Alone(), list(range(RANKS)), 0, EXPERTS)
+    arena.clear()
+    got = run(several, [rank], part.start, EXPERTS // RANKS)
+    needed = LAYERS * RANKS * TOKENS * TOP_K
+    wrong("arena.needed", arena.state_3N[MOST].tolist() == [needed, 0] and needed > arena.rows)
+    wrong("arena.forward", torch.equal(got[0][0], want[rank][0]))
+    wrong("arena.overwritten", not torch.equal(got[0][1], want[rank][1]))
+    arena.clear()
+    with arena.each_layer_alone():
+        got = run(several, [rank], part.start, EXPERTS // RANKS, alone=True)
+    wrong("arena.needed", arena.needed() == (needed if rank == 0 else 0))
+    wrong("arena.alone", all(torch.equal(a, b) for a, b in zip(got[0], want[rank], strict=True)))
+    wrong("arena.matrices", all(torch.equal(a, b[part]) for a, b in zip(got[1], want[-1], strict=True)))
+
+
 def be(rank: int) -> None:
     group = SimpleNamespace(rank=lambda: rank, size=lambda: RANKS)
     regions = {**cuda.regions(SIZES), "gradients_P": (torch.float32, (100,))}
     node = cuda_node.CudaNode(group=group, regions=regions, values=64, device=DEVICE, timeout_s=60)
     with node:
-        several = cuda.CudaTransport(node=node, sizes=SIZES)
+        rows = 2 * RANKS * TOKENS * TOP_K  # two of the layers below, whatever their routing
+        arena = Arena(rows=rows, width=WIDTH, sizes=SIZES, rank=rank, device=DEVICE)
+        several = cuda.CudaTransport(node=node, sizes=SIZES, arena=arena)
         mine, alone = matrices(rank * EXPERTS // RANKS, EXPERTS // RANKS), matrices(0, EXPERTS)
         batches = [batch(m) for m in range(2 * RANKS)]
         wanted = [step(Alone(), alone, one) if len(one[0]) else None for one in batches]
@@ -180,6 +226,7 @@ def be(rank: int) -> None:
             alike = [one for one in batches if len(one[0])]
             found_alone = sums(Alone(), 0, alike)
             wrong("layer.apart", all(torch.equal(a, b.grad) for a, b in zip(found_alone, alone, strict=True)))
+        layers_in_an_arena(several, rank)
 
         buffers = [memory["gradients_P"] for memory in node.memory]
         for turn in range(3):
@@ -191,7 +238,8 @@ def be(rank: int) -> None:
             for dtype in (torch.float32, torch.float64):
                 got = node.gather(torch.arange(3).to(dtype) + rank * 10 + turn)
                 wrong("node.gather", got.tolist() == [[n * 10 + turn + i for i in range(3)] for n in range(RANKS)])
-    wrong("node.phase", node.phase == int(node.counter) == 4 * 5 + 3 * 4 + 1)
+    phases = 4 * 5 + 5 * LAYERS + 7 * LAYERS  # what is computed again sends its rows and outputs again
+    wrong("node.phase", node.phase == int(node.counter) == phases + 3 * 4 + 1)
     late = node.late
     late.timeout_s = 0.2
     if rank == 0:  # the other has gone

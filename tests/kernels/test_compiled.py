@@ -20,7 +20,8 @@ def test_products_use_wgmma_fit_shared_memory_and_spill_nothing() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert set(found) == {"up", "dw_up", "dw_up of segments", "dw_up apart"}
+    rows, weights = {"up", "dgate", "dgate deep"}, {"dw_up", "dw_up of segments", "dw_up apart"}
+    assert set(found) == weights | rows | {f"{name} in an arena" for name in rows}
     for product in found.values():
         assert product["wgmma"] >= 8  # four 16-deep steps for each of two warpgroups
         assert product["stack"] == 0

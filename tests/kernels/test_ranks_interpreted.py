@@ -19,13 +19,14 @@ NAMES = (
     "places.source_N1", "places.tile_expert", "places.tile_row", "places.num_tiles", "cpu.row_TK", "cpu.place_TN",
     "cpu.segments", "cpu.sources", "received.rows", "received.row_UK", "received.weight_UK", "received.token_U",
     "received.pair_R", "received.token_R", "received.safe", "gather", "slots", "one rank.out", "float64",
-    "one rank.sums", "gradients.rows", "late.report", "late.verdict", "late.phase", "late.waited",
+    "arena.first", "arena.within", "arena.needed", "arena.most", "arena.verdict", "arena.reference", "arena.alone",
+    "arena.alone needed", "one rank.sums", "gradients.rows", "late.report", "late.verdict", "late.phase", "late.waited",
 )  # fmt: skip
 
 
 TRANSPORT = (
     "layer.y", "layer.dx", "layer.dw", "layer.matrices", "layer.apart", "node.peers", "node.gather", "node.phase",
-    "late.text", "late.verdict",
+    "late.text", "late.verdict", "arena.needed", "arena.forward", "arena.overwritten", "arena.alone", "arena.matrices",
 )  # fmt: skip
 
 

@@ -129,7 +129,7 @@ OTHERS = {
         "model.attention.local.num_kv_heads": [4], "model.attention.local.num_heads": [8],
         "batch.sequences": [16], "batch.microbatch": [4], "model.moe.router.num_groups": [4],
         "model.moe.router.num_experts": [10], "model.attention.rope_scaling.kind": [],
-        "model.attention.rope_scaling.attention_factor": [],
+        "model.attention.rope_scaling.attention_factor": [], "output.activation_rows": [],
     },
     "mixture": {
         "platform.target": ["sm_90a"], "platform.threads": [], "model.dtype": [], "transport.kind": [],
@@ -144,7 +144,7 @@ OTHERS = {
         "model.moe.router.top_groups": [], "data.sources": [["data/x", "data/y"]],
         "data.stages.0.weights": [[3, 2]], "data.stages.1.weights": [[0, 5]],
         "data.stages.0.until_tokens": [262144], "data.stages.1.until_tokens": [], "eval.bpb.heldout": ["elsewhere"],
-        "model.moe.router.bias_limit": [0.5],
+        "model.moe.router.bias_limit": [0.5], "output.activation_rows": [1 << 20],
     },
     "softmax": {"model.moe.router.kind": []},
 }  # fmt: skip

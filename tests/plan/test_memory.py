@@ -7,12 +7,13 @@ import torch
 
 from nmoe import platform
 from nmoe.bench.memory import Live, rows
+from nmoe.errors import ConfigError
 from nmoe.experts import grouped
 from nmoe.graph import build, transport_sizes
 from nmoe.kernels import launch
 from nmoe.model import attention, loss
 from nmoe.optim import muon, norm, rounding
-from nmoe.plan import cost
+from nmoe.plan import cost, rdep
 from nmoe.plan.resolve import resolve, resolve_text
 from nmoe.rdep.local import LocalTransport
 from nmoe.registry import attention as specs
@@ -205,5 +206,65 @@ def test_the_ranks_buffers_are_their_regions(config):
     else:
         regions = pytest.importorskip("nmoe.rdep.cuda").regions(sizes)
     wanted = sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in regions.values())
-    tokens = plan.config.batch.microbatch * plan.config.batch.sequence_length
-    assert cost.rdep_bytes(plan.config, tokens, 2) == wanted
+    assert rdep.rdep_bytes(plan.config, 2) == wanted
+
+
+def several_gpus(ranks: int, *sets: str):
+    """The plan of a bench model for the GPUs of a node; its memory and its arena."""
+    path = ROOT / "configs" / "bench" / "super256.toml"
+    plan = resolve(path, ["batch.sequences=256", *sets], ranks=ranks, ranks_per_node=ranks)
+    memory = plan.memory[plan.config.output.recompute]
+    return plan, memory, memory.arena
+
+
+@pytest.mark.parametrize(("ranks", "sets"), [(2, []), (8, []), (2, ["model.moe.router.num_experts=8"]),
+                                             (8, ["eval.bpb={sequences=64, heldout='elsewhere'}"])])  # fmt: skip
+def test_a_layers_most_rows_are_those_of_the_layout(ranks, sets):
+    most_rows = pytest.importorskip("nmoe.kernels.layout_ranks").most_rows
+    plan, memory, arena = several_gpus(ranks, *sets)
+    sizes = transport_sizes(plan, ranks)
+    most = most_rows(ranks=ranks, tokens=sizes.tokens, num_experts=sizes.num_experts, top_k=sizes.top_k)
+    assert arena.layer == most
+    assert arena.average == 12 * 16 * 2048 * 7
+    assert arena.worst == 12 * most * 16 * 2048 // sizes.tokens
+    assert arena.layer <= arena.rows <= arena.worst
+    assert memory.whole["activation_arena"] == memory.at_peak["activation_arena"] == arena.rows * 2 * 384 * 2
+
+
+def test_an_arena_takes_what_fits():
+    """Up to the worst case, and no more than leaves the rest its room; one layer where each is computed again."""
+    _, small, arena = several_gpus(2)
+    assert arena.rows == arena.worst
+    assert small.at_peak["total"] < rdep.DEVICE_BYTES["sm_90a"]
+    _, memory, arena = several_gpus(8, "model.num_layers=24")
+    assert arena.layer < arena.rows < arena.worst
+    assert 0 <= rdep.DEVICE_BYTES["sm_90a"] - memory.at_peak["total"] < 2 * 384 * 2
+    _, _, alone = several_gpus(8, "output.recompute='layer'")
+    assert alone.rows == alone.layer
+    _, given, arena = several_gpus(8, "output.activation_rows=2_000_000")
+    assert arena.rows == 2_000_000
+    assert given.at_peak["total"] == sum(v for k, v in given.at_peak.items() if k != "total")
+    _, full, arena = several_gpus(8, "model.num_layers=96")
+    assert arena.rows == arena.layer
+    assert full.at_peak["total"] > rdep.DEVICE_BYTES["sm_90a"]
+
+
+def test_one_rank_and_the_cpus_have_no_arena():
+    assert several_gpus(1)[2] is None
+    for ranks in (1, 4):
+        plan = resolve(ROOT / "configs" / "debug.toml", ranks=ranks, ranks_per_node=ranks)
+        assert plan.memory["none"].arena is None
+        assert "activation_arena" not in plan.memory["none"].whole
+
+
+@pytest.mark.parametrize(("ranks", "sets", "words"), [
+    (8, ["output.activation_rows=1_835_007"], "activation_rows = 1835007 is too few for a layer of 8 GPUs, which can"),
+    (8, ["batch.microbatch=8", "batch.sequence_length=2097152"], "more than the kernels' indices"),
+])  # fmt: skip
+def test_rows_that_no_layer_has_room_for_are_refused(ranks, sets, words):
+    several_gpus(2, "output.activation_rows=1_835_007")
+    with pytest.raises(ConfigError) as caught:
+        several_gpus(ranks, *sets)
+    (found,) = caught.value.diagnostics
+    assert found.code == "N0119"
+    assert words in found.message

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from nmoe.errors import NmoeError
 from nmoe.experts.bf16 import Bf16Experts
+from nmoe.kernels.arena import MOST
+from nmoe.kernels.layout_ranks import most_rows
 from nmoe.model.mlp import DenseMlp
 from nmoe.model.moe import MoE
 from nmoe.model.router import SoftmaxRouter
+from nmoe.rdep.arena import Arena
 from nmoe.rdep.cuda import CudaTransport, regions
 from nmoe.rdep.cuda_node import CudaNode
 from nmoe.rdep.local import LocalTransport
@@ -44,12 +47,16 @@ def node_of(regions: Regions, timeout_s: float = 20, values: int = 0) -> CudaNod
     return CudaNode(group=group(), regions=regions, values=values, device=DEVICE, timeout_s=timeout_s)
 
 
-def transport(shape: str, timeout_s: float = 20, kind: type = CudaTransport) -> CudaTransport:
-    tokens, hidden, _, experts, top_k = SHAPES[shape]
+def transport(shape: str, timeout_s: float = 20, kind: type = CudaTransport, layers: int = 1) -> CudaTransport:
+    """layers: that the arena has room for, whatever their routing."""
+    tokens, hidden, width, experts, top_k = SHAPES[shape]
     sizes = Sizes(
         ranks=RANKS, tokens=tokens, num_experts=experts, top_k=top_k, hidden_size=hidden, dtype=torch.bfloat16
     )
-    return kind(node=node_of(regions(sizes), timeout_s), sizes=sizes)
+    rows = layers * most_rows(ranks=RANKS, tokens=tokens, num_experts=experts, top_k=top_k)
+    arena = Arena(rows=rows, width=width, sizes=sizes, rank=RANK, device=DEVICE)
+    arena.h_2AF.fill_(float("nan"))
+    return kind(node=node_of(regions(sizes), timeout_s), sizes=sizes, arena=arena)
 
 
 def routed(kind: str, shape: str, microbatch: int, tokens: int) -> Tensor:
@@ -170,7 +177,7 @@ def race() -> dict[str, object]:
     """125 times eight layers forward and then backward, each with what it must give."""
     shape = "small"
     experts = SHAPES[shape][3]
-    several, local = transport(shape, kind=Drilled), experts // RANKS
+    several, local = transport(shape, kind=Drilled, layers=8), experts // RANKS
     alone, part = experts_of(shape, 0, experts), experts_of(shape, RANK * local, local)
     batches = [inputs(kind, shape, n * RANKS + RANK) for n, kind in enumerate((*ROUTINGS, "uniform", "zipf"))]
     wanted = [finish(*layer(alone, LocalTransport(), batch, experts)) for batch in batches]
@@ -273,6 +280,9 @@ def model() -> dict[str, object]:
 
         found.append(step())
         found.append(step(recompute=True))
+        if through.arena is not None:
+            with through.arena.each_layer_alone():
+                found.append(step())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     for _ in range(3):
@@ -282,7 +292,37 @@ def model() -> dict[str, object]:
     return {"ok": everybody(all(equal(found[0], other) for other in found[1:]))}
 
 
-WORK = {work.__name__: work for work in (bits, race, absent, node, model)}
+def arena() -> dict[str, object]:
+    """Eight layers in an arena of any number of them: as one GPU's if they fit or are alone; if not, all ranks know."""
+    shape, fits, alone_fits, verdicts = "odd", True, True, True
+    experts = SHAPES[shape][3]
+    local = experts // RANKS
+    alone, part = experts_of(shape, 0, experts), experts_of(shape, RANK * local, local)
+    batches = [inputs(kind, shape, n * RANKS + RANK) for n, kind in enumerate((*ROUTINGS, "uniform", "zipf"))]
+    wanted = [finish(*layer(alone, LocalTransport(), batch, experts)) for batch in batches]
+    needed: list[int] = []
+    for layers in (8, 1, 3, 8):
+        several = transport(shape, layers=layers)
+
+        def pass_of_all(several: CudaTransport = several) -> bool:
+            several.arena.clear()
+            ran = [layer(part, several, batch, experts, n) for n, batch in enumerate(batches)]
+            got = [finish(*one) for one in reversed(ran)][::-1]
+            return all(equal(one, want) for one, want in zip(got, wanted, strict=True))
+
+        right = pass_of_all()
+        needs = several.arena.state_3N[MOST].tolist()
+        needed = needed or needs
+        fit = max(needs) <= several.arena.rows
+        verdicts &= needs == needed and fit == (layers == 8)
+        fits &= everybody(right) == fit
+        with several.arena.each_layer_alone():
+            for n, (batch, want) in enumerate(zip(batches, wanted, strict=True)):
+                alone_fits &= equal(finish(*layer(part, several, batch, experts, n)), want)
+    return {"fits": everybody(fits), "alone": everybody(alone_fits), "verdicts": everybody(verdicts)}
+
+
+WORK = {work.__name__: work for work in (bits, race, absent, node, model, arena)}
 
 
 def main() -> None:

@@ -50,6 +50,10 @@ def test_a_peer_that_does_not_come_is_named_and_waited_for_once():
         assert words in found["text"]
 
 
+def test_layers_that_fit_into_an_arena_are_those_of_one_gpu_and_all_ranks_know_of_those_that_do_not():
+    assert run("arena") == {"fits": True, "alone": True, "verdicts": True}
+
+
 def test_peers_gradients_are_added_in_order_and_small_values_gathered():
     assert run("node") == {"ok": True}
 

@@ -1,6 +1,7 @@
 """What is odd about a training's batches, or wrong with its arithmetic, on all ranks alike; no error tells of it."""
 
 import itertools
+from contextlib import contextmanager
 
 import attrs
 import torch
@@ -79,9 +80,48 @@ def other_source() -> None:
     """The environment record says that a file of the arithmetic is another; it is not."""
     read = environment.source_hashes
     environment.source_hashes = lambda: {**read(), "model/moe.py": "0" * 64}
+class FullArena:
+    """What `nmoe.rdep.arena.Arena` is to a step: one in which no microbatch has room at the second of the ranks."""
+
+    rows, alone = 100, False
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def clear(self) -> None:
+        pass
+
+    def needed(self) -> int:
+        return 101 if self.rank == 1 else 100
+
+    @contextmanager
+    def each_layer_alone(self):
+        self.alone = True
+        yield
+        self.alone = False
+
+
+def no_room() -> None:
+    """Every step's passes are worth nothing, as only the arena's verdict tells, until each layer is alone."""
+    make, loss = attempt.build, step.linear_cross_entropy
+    arenas = []
+
+    def build(*given):
+        graph = make(*given)
+        arenas.append(FullArena(graph.ranks.rank))
+        for block in graph.model.layers:
+            if block.moe is not None:
+                block.moe.transport.arena = arenas[0]
+        return attrs.evolve(graph, arena=arenas[0])
+
+    def spoiled(*given, **more):
+        return loss(*given, **more) * (1.0 if arenas[0].alone else 1e3)
+
+    attempt.build, step.linear_cross_entropy = build, spoiled
 
 
 ODD = {
     "cancelling": cancelling, "short documents": short_documents,
-    "other order": other_order, "other microbatch": other_microbatch, "other source": other_source,
+    "no room": no_room, "other order": other_order, "other microbatch": other_microbatch,
+    "other source": other_source,
 }  # fmt: skip

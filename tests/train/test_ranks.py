@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.train.launches import CONFIGS, DENSE, FOUR, FP32, TINY, first_difference
+from nmoe.metrics.reader import read_rows
+from tests.train.launches import CONFIGS, DENSE, FOUR, FP32, SOFTMAX, TINY, first_difference
 
 STEPS = ("output.stop_after_step=3", "eval.bpb.every_tokens=128", "eval.bpb.max_tokens=160")
 SAMPLE = (
@@ -50,3 +51,19 @@ def test_a_sum_in_another_order_is_found(module_launches, fault, number, odd):
     module_launches.finished(fault, number, *keys, odd=", ".join(filter(None, (odd, fault))))
     difference = first_difference(module_launches.left(straight), module_launches.left(fault))
     assert difference.startswith("(1, 64, 'grad/norm', "), difference
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_steps_that_are_repeated_for_want_of_room_give_the_same_bits(module_launches, number):
+    """Gradients, loads, balance losses and sums begin anew; all ranks repeat what one of them had no room for."""
+    keys, name = (*STEPS, *FOUR, *SOFTMAX), f"no room, {number}"
+    if not module_launches.path("room, 1").exists():
+        module_launches.finished("room, 1", 1, *keys)
+    launch = module_launches.train(name, number, *keys, odd="no room")
+    assert launch.codes == [0] * number, launch.said
+    assert first_difference(module_launches.left("room, 1"), module_launches.left(name)) == ""
+    said = "a microbatch brought 101 rows to a rank, and activation_rows = 100"
+    assert [text.count(said) for text in launch.said] == [1] + [0] * (number - 1)
+    rows = read_rows(module_launches.metrics(name), names=["memory/activation_rows", "time/repeated"])
+    assert [row.value for row in rows if row.rank is not None] == [101 if n == 1 else 100 for n in range(number)] * 3
+    assert len([row for row in rows if row.name == "time/repeated" and row.value > 0]) == 3
