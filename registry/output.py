@@ -95,6 +95,11 @@ class Output(Component):
         "layer but the routing; it costs time and saves memory",
         default="none", choices=RECOMPUTE,
     )
+    cuda_graph: bool = key(
+        "a GPU's microbatches are recorded in the second step and replayed, so that its host limits no step; what runs "
+        "beside them then needs memory of its own",
+        default=True,
+    )
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
     )

@@ -6,6 +6,7 @@ import attrs
 import torch
 
 from nmoe.data.loader import Loader
+from nmoe.model import microbatch
 from nmoe.optim.reduction import Reduction
 from nmoe.train import attempt, step
 
@@ -15,7 +16,7 @@ def cancelling() -> None:
 
     So the first two gradients cancel, and whoever adds in another order loses digits of the others.
     """
-    make, loss, run = Loader.batch, step.linear_cross_entropy, step.run_step
+    make, loss, run = Loader.batch, microbatch.linear_cross_entropy, step.run_step
     numbers = itertools.count()
 
     def batch(self, number):
@@ -33,7 +34,7 @@ def cancelling() -> None:
         numbers = itertools.count(graph.ranks.rank, graph.ranks.ranks)
         return run(graph, *given, **more)
 
-    Loader.batch, step.linear_cross_entropy, attempt.run_step = batch, weighted, run_step
+    Loader.batch, microbatch.linear_cross_entropy, attempt.run_step = batch, weighted, run_step
 
 
 def short_documents() -> None:
@@ -66,7 +67,7 @@ def other_microbatch() -> None:
 
     def run_step(graph, batch, **more):
         turn = {
-            name: getattr(batch, name).roll(graph.microbatch, dims=0)
+            name: getattr(batch, name).roll(graph.microbatch.sequences, dims=0)
             for name in ("input_ids_BS", "targets_BS", "document_ids_BS")
         }
         return run(graph, attrs.evolve(batch, **turn), **more)
