@@ -131,7 +131,9 @@ def attention_forward(
     q_BHSQ: Tensor, k_BGSQ: Tensor, v_BGSV: Tensor, *, scale: float | None = None, window: int | None = None,
     docs: Documents | None = None, sink_H: Tensor | None = None, launch: AttentionLaunch | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, H, S, V) bf16 contiguous, and lse (B, H, S) float32, natural logarithm, sink included.
+    """out (B, H, S, V) bf16, and lse (B, H, S) float32, natural logarithm, sink included.
+
+    out lies token by token, heads within, as the projection behind it reads: a view of (B, S, H, V).
 
     q_BHSQ, k_BGSQ, v_BGSV: bf16, any strides that are multiples of 8 with the last axis contiguous.
     scale: Q^-0.5 if None. window: tokens a query meets, itself included. sink_H: float32 (H,).
@@ -144,7 +146,7 @@ def attention_forward(
     G, V = k_BGSQ.shape[1], v_BGSV.shape[3]
     sizes = _Sizes.of(Q, V)
     p = launch or attention_launch(Q, V)
-    out_BHSV = torch.empty(B, H, S, V, dtype=q_BHSQ.dtype, device=q_BHSQ.device)
+    out_BHSV = torch.empty(B, S, H, V, dtype=q_BHSQ.dtype, device=q_BHSQ.device).transpose(1, 2)
     lse_BHS = torch.empty(B, H, S, dtype=torch.float32, device=q_BHSQ.device)
     grid, *work = _work(B * H, S)
     forward_kernel[(grid,)](

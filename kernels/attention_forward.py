@@ -212,7 +212,8 @@ def forward_consume(
             acc = acc * gl.convert_layout(1.0 / l_M, gl.SliceLayout(1, mma_o))[:, None]
             row_M = q0 + which * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma_o))
             col_V = gl.arange(0, V, gl.SliceLayout(0, mma_o))
-            at = o_ptr + (bh.to(gl.int64) * S + row_M)[:, None] * head_v + col_V[None, :]
+            token_M = batch.to(gl.int64) * S + row_M
+            at = o_ptr + (token_M * H + bh % H)[:, None] * head_v + col_V[None, :]
             gl.store(at, acc.to(gl.bfloat16), mask=(row_M < S)[:, None] & (col_V < head_v)[None, :])
 
 

@@ -1,7 +1,7 @@
 """Between tokens and rows: gather a token's row, and sum a token's rows in order.
 
     gather:  out[row(t, k)] = x[t] for every k, but where row(t, k) is -1: another rank has that expert
-    combine: out[t] = base[t] + sum over k = 0 .. K-1, in that order, of weight[t, k] * y[row(t, k)]
+    combine: out[t] = base[t] + more[t] + sum over k = 0 .. K-1, in that order, of weight[t, k] * y[row(t, k)]
     dots:    out[t, k] = sum over n, in order, of part[n, row(t, k)]
 
 The sum runs in float32 and is rounded once, to the dtype of y. Each element is summed by one
@@ -18,12 +18,15 @@ from torch import Tensor
 from nmoe.kernels.layout import Rows
 
 
-def combine_reference(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Tensor | None = None) -> Tensor:
+def combine_reference(
+    y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Tensor | None = None, more_TD: Tensor | None = None
+) -> Tensor:
     """The meaning of `combine`: float32 (float64 for float64 rows), k in order, one rounding."""
     wide = torch.promote_types(y_RD.dtype, torch.float32)
     out_TD = torch.zeros(row_TK.shape[0], y_RD.shape[1], dtype=wide, device=y_RD.device)
-    if base_TD is not None:
-        out_TD += base_TD
+    for one_TD in (base_TD, more_TD):
+        if one_TD is not None:
+            out_TD += one_TD
     for k in range(row_TK.shape[1]):
         y_TD = y_RD[row_TK[:, k].long()].to(wide)
         out_TD += y_TD if weight_TK is None else weight_TK[:, k, None].to(wide) * y_TD
@@ -46,8 +49,9 @@ def gather_kernel(x_ptr, row_ptr, count_ptr, out_ptr, tokens, D, K: tl.constexpr
 
 
 @triton.jit
-def combine_kernel(y_ptr, row_ptr, weight_ptr, base_ptr, out_ptr, tokens, D, K: tl.constexpr, WEIGHTED: tl.constexpr,
-                   BASED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def combine_kernel(y_ptr, row_ptr, weight_ptr, base_ptr, more_ptr, out_ptr, tokens, D, K: tl.constexpr,
+                   WEIGHTED: tl.constexpr, BASED: tl.constexpr, MORE: tl.constexpr, BLOCK_T: tl.constexpr,
+                   BLOCK_D: tl.constexpr):  # fmt: skip
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     real = t < tokens
@@ -57,6 +61,8 @@ def combine_kernel(y_ptr, row_ptr, weight_ptr, base_ptr, out_ptr, tokens, D, K: 
         total = tl.load(base_ptr + at, mask=mask, other=0.0).to(tl.float32)
     else:
         total = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    if MORE:
+        total += tl.load(more_ptr + at, mask=mask, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         row = tl.load(row_ptr + t * K + k, mask=real, other=0).to(tl.int64)
         y = tl.load(y_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -89,10 +95,13 @@ def gather_rows(x_TD: Tensor, layout: Rows) -> Tensor:
     return out_RD
 
 
-def combine(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Tensor | None = None) -> Tensor:
+def combine(
+    y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Tensor | None = None, more_TD: Tensor | None = None
+) -> Tensor:
     """Each token's rows summed in the order of k, in float32: (T, D) of y's dtype.
 
-    y_RD: (R, D) contiguous. row_TK: int32. weight_TK: float32 or None for ones. base_TD: added first.
+    y_RD: (R, D) contiguous. row_TK: int32. weight_TK: float32 or None for ones. base_TD, more_TD: (T, D) contiguous,
+    added first and next.
     """
     tokens, top_k = row_TK.shape
     width = y_RD.shape[1]
@@ -100,8 +109,8 @@ def combine(y_RD: Tensor, row_TK: Tensor, weight_TK: Tensor | None, base_TD: Ten
     block_d = min(triton.next_power_of_2(width), 512)
     grid = (triton.cdiv(tokens, 4), triton.cdiv(width, block_d))
     combine_kernel[grid](
-        y_RD, row_TK, weight_TK, base_TD, out_TD, tokens, width, top_k, weight_TK is not None, base_TD is not None,
-        4, block_d, num_warps=4,
+        y_RD, row_TK, weight_TK, base_TD, more_TD, out_TD, tokens, width, top_k, weight_TK is not None,
+        base_TD is not None, more_TD is not None, 4, block_d, num_warps=4,
     )  # fmt: skip
     return out_TD
 

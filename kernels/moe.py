@@ -129,9 +129,9 @@ def moe_forward(
     Raises N0710 for another dtype or layout, N0711 for D or F not a multiple of 8.
     """
     require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
-    h_2RF = torch.empty(2, len(layout.token_R), w_down_EDF.shape[2], dtype=x_TD.dtype, device=x_TD.device)
-    y_RD = experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, Kept(h_2RF, None), table)
-    return combine(y_RD, layout.row_TK, weight_TK), Saved(h_2RF, weight_TK, layout)
+    kept = fresh_rows(layout, w_down_EDF)
+    y_RD = experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, kept, table)
+    return combine(y_RD, layout.row_TK, weight_TK), Saved(kept.h_2AF, weight_TK, layout)
 
 
 def moe_backward(
@@ -152,6 +152,12 @@ def moe_backward(
     dweight_TK = sum_dots(dot_NR, layout.row_TK)
     dx_TD = combine(dx_RD, layout.row_TK, None, router(dweight_TK) if router else None)
     return Gradients(dx_TD, dweight_TK, *written)
+
+
+def fresh_rows(layout: Rows, w_down_EDF: Tensor) -> Kept:
+    """Room for the pre-activations of one layer by itself."""
+    shape = 2, len(layout.token_R), w_down_EDF.shape[2]
+    return Kept(torch.empty(shape, dtype=w_down_EDF.dtype, device=w_down_EDF.device), None)
 
 
 def fresh_gradients(w_gate_up_E2FD: Tensor, w_down_EDF: Tensor) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,21 @@ class _RmsNorm(torch.autograd.Function):
         return dx_TD.view(x.shape), dw_D, None
 
 
+class _PassRmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        _, n_TD, r_T = rms_norm_forward(_rows(x), w_D, eps)
+        ctx.save_for_backward(x, w_D, r_T)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), n_TD.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, past: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dn is None:
+            return past, None, None
+        return (*_behind_sum(ctx.saved_tensors, past, dn), None)
+
+
 class _AddRmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -181,10 +196,15 @@ class _AddRmsNorm(torch.autograd.Function):
     def backward(ctx: Any, past: Tensor | None, dn: Tensor | None) -> tuple[Tensor | None, ...]:
         if dn is None:
             return past, past, None, None
-        s, w_D, r_T = ctx.saved_tensors
-        ds_TD, dw_D = rms_norm_backward(_rows(dn), _rows(s), w_D, r_T, None if past is None else _rows(past))
-        ds = ds_TD.view(s.shape)
+        ds, dw_D = _behind_sum(ctx.saved_tensors, past, dn)
         return ds, ds, dw_D, None
+
+
+def _behind_sum(saved: tuple[Tensor, ...], past: Tensor | None, dn: Tensor) -> tuple[Tensor, Tensor]:
+    """(ds, dw_D) from the norm's gradient dn and what reaches s past the norm."""
+    s, w_D, r_T = saved
+    ds_TD, dw_D = rms_norm_backward(_rows(dn), _rows(s), w_D, r_T, None if past is None else _rows(past))
+    return ds_TD.view(s.shape), dw_D
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -199,6 +219,12 @@ def rms_norm(x: Tensor, w_D: Tensor, eps: float) -> Tensor:
     """
     n: Tensor = _RmsNorm.apply(x, w_D, eps)
     return n
+
+
+def pass_rms_norm(x: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x, rms_norm(x)): who goes on with this x has its gradient added where the norm's is made, and rounded once."""
+    x, n = _PassRmsNorm.apply(x, w_D, eps)
+    return x, n
 
 
 def add_rms_norm(x: Tensor, y: Tensor, w_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from nmoe.errors import fail
 from nmoe.experts.grouped import Apart, GroupedExperts
 from nmoe.model.block import Block
 from nmoe.model.init import initialize
+from nmoe.model.microbatch import Microbatch, Recorder
 from nmoe.model.router import Router
 from nmoe.model.transformer import Transformer
 from nmoe.optim import reduction
@@ -45,7 +46,7 @@ class TrainingGraph:
     optimizer: the groups in the plan's order; every parameter is in exactly one, and every share of it on one rank.
     groups: the names of all parameters, by group. norms: of all gradients. ranks: the others. shares: who keeps
     what, of all ranks. replicas: what this rank holds as others do.
-    clip_norm: largest norm of the whole gradient. microbatch: sequences of one forward pass.
+    clip_norm: largest norm of the whole gradient. microbatch: forward and backward of each of this rank's.
     document_mask: attention stays within a document.
     tokens_per_step: the loss is a mean over these. device: where the model, its state and a step's work are.
     arena: of the experts of several GPUs, None elsewhere.
@@ -62,7 +63,7 @@ class TrainingGraph:
     schedule: Wsd
     loader: Loader
     clip_norm: float
-    microbatch: int
+    microbatch: Microbatch
     document_mask: bool
     tokens_per_step: int
     device: torch.device
@@ -245,7 +246,16 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
         schedule=config.schedule.build(),
         loader=Loader(mixture, sequences=config.batch.sequences, microbatch=config.batch.microbatch),
         clip_norm=config.optimizer.clip_norm,
-        microbatch=config.batch.microbatch,
+        microbatch=Microbatch(
+            model=model,
+            ranks=together,
+            sequences=config.batch.microbatch,
+            sequence_length=config.batch.sequence_length,
+            tokens_per_step=config.batch.tokens_per_step,
+            document_mask=config.batch.document_mask,
+            device=device,
+            recorder=recorder(device) if config.output.cuda_graph else None,
+        ),
         document_mask=config.batch.document_mask,
         tokens_per_step=config.batch.tokens_per_step,
         device=device,
@@ -257,6 +267,15 @@ def build(plan: Plan, peers: Peers | None = None) -> TrainingGraph:
             sequence_length=config.batch.sequence_length, tokens_per_step=config.batch.tokens_per_step
         )
     return graph
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """What records microbatches on a device; the CPU has nothing that could."""
+    if device.type != "cuda":
+        return None
+    from nmoe.model.cuda_graph import CudaGraphs
+
+    return CudaGraphs(device)
 
 
 def keep_apart(model: Transformer, microbatches: int) -> dict[str, Apart]:

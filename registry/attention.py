@@ -75,8 +75,8 @@ class Attention(Component):
     def saved_bytes(self, element: int, target: str) -> int:
         """Bytes of one token kept for backward, from the projections' outputs to what the last projection reads.
 
-        element: bytes of one value of [model] dtype. Kernels of the GPU targets also keep the output as they
-        wrote it, heads outside, and the float32 logarithm of each head's sum.
+        element: bytes of one value of [model] dtype. Kernels of the GPU targets also keep the float32 logarithm of
+        each head's sum.
         """
         raise NotImplementedError
 
@@ -161,14 +161,14 @@ class Mla(Attention):
     def saved_bytes(self, element: int, target: str) -> int:
         """Compressed and full queries, keys and values, and the output; a float32 for each norm of a compression.
 
-        The kernels read the values in the projection, which is kept with its part of the keys, and keep the output
-        by head and a float32 for each head.
+        The kernels read the values in the projection, which is kept with its part of the keys, and keep a float32 for
+        each head.
         """
         queries = (self.q_lora_rank or 0) * 2 + self.num_heads * self.qk_head_dim
         keys = self.kv_lora_rank * 2 + self.qk_rope_head_dim + self.num_heads * self.qk_head_dim
         values = 2 * self.num_heads * self.v_head_dim
         norms = 4 * (1 if self.q_lora_rank is None else 2)
-        kernel = 0 if target == "cpu" else self.num_heads * ((self.v_head_dim + self.qk_nope_head_dim) * element + 4)
+        kernel = 0 if target == "cpu" else self.num_heads * (self.qk_nope_head_dim * element + 4)
         return (queries + keys + values) * element + norms + kernel
 
     def working_bytes(self, batch, window: int | None, element: int, target: str) -> int:
@@ -240,7 +240,7 @@ class Gqa(Attention):
         heads, shared = self.num_heads, self.num_heads if target == "cpu" else self.num_kv_heads
         width = (2 * heads + 2 * shared) * self.head_dim
         normed = self.num_heads + self.num_kv_heads if self.qk_norm else 0
-        kernel = 0 if target == "cpu" else heads * (self.head_dim * element + 4)
+        kernel = 0 if target == "cpu" else heads * 4
         return width * element + normed * (self.head_dim * element + 4) + kernel
 
     def working_bytes(self, batch, window: int | None, element: int, target: str) -> int:

@@ -102,6 +102,11 @@ class Output(Component):
         "a node; a step whose rows do not fit is repeated, with the same bits; absent: what fits",
         default=None, minimum=1, maximum=MOST_ROWS, unit="rows",
     )
+    cuda_graph: bool = key(
+        "a GPU's microbatches are recorded in the second step and replayed, so that its host limits no step; what runs "
+        "beside them then needs memory of its own",
+        default=True,
+    )
     stop_after_step: int | None = key(
         "save and stop after this step, before the schedule's end", default=None, minimum=1
     )

@@ -13,6 +13,8 @@ owners' sums take the place of most of them within the step.
     rdep_buffers                    on several GPUs the memory that they share, with `reduction` the sums beside it
     peak                            of the second step: on CUDA the allocator's, with that memory; on the CPU that of
                                     `Live`, and one rank's alone
+    recorded                        the same peak of the step in which the microbatches are recorded, where they are
+    reserved                        what the allocator has taken from the device by then
 """
 
 import gc
@@ -90,6 +92,7 @@ def measure(plan: Plan) -> dict[str, int]:
 
 def _steps(plan: Plan, live: Live | None, peers: Peers | None) -> dict[str, int]:
     graph = build(plan, peers)
+    recorder, graph.microbatch.recorder = graph.microbatch.recorder, None  # a replay has no forward to be seen
     alive: dict[str, int] = {}
 
     def observe(step: int, phase: str) -> None:
@@ -103,6 +106,15 @@ def _steps(plan: Plan, live: Live | None, peers: Peers | None) -> dict[str, int]
             torch.cuda.reset_peak_memory_stats()
         run_step(graph, batch, step=step, tokens_seen=step * plan.tokens_per_step, observe=observe)
     peak = torch.cuda.max_memory_allocated() if live is None else live.peak
+    recorded = {}
+    if recorder is not None:
+        graph.microbatch.recorder, graph.microbatch.steps = recorder, 0
+        for step in (3, 4):
+            torch.cuda.reset_peak_memory_stats()
+            run_step(
+                graph, graph.loader.batch(step), step=step, tokens_seen=step * plan.tokens_per_step, observe=observe
+            )
+        recorded = {"recorded": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     head = graph.model.head.weight_VD
     tokens = plan.config.batch.microbatch * plan.config.batch.sequence_length
     of_the_loss = 4 * (tokens * head.shape[1] + head.numel())
@@ -114,6 +126,7 @@ def _steps(plan: Plan, live: Live | None, peers: Peers | None) -> dict[str, int]
         "optimizer": _bytes([*weights, *state]) - _bytes(weights),
         "activations": alive["2 backward"] - alive["2 forward"] - of_the_loss,
         "peak": peak,
+        **recorded,
     }
     if peers is None:
         return found
@@ -133,7 +146,9 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def rows(plan: Plan) -> list[dict[str, Any]]:
     """One row a kind: estimated and measured bytes, and estimated / measured."""
     memory = plan.memory[plan.config.output.recompute]
-    estimated = {**memory.whole, "peak": memory.at_peak["total"]}
+    total = memory.at_peak["total"]
+    alone = total - memory.at_peak.get("beside_graphs", 0)
+    estimated = {**memory.whole, "peak": alone, "recorded": alone, "reserved": total}
     estimated[SHARED] = memory.whole["rdep_buffers"] + memory.whole.get("reduction", 0)
     measured = measure(plan)
     gc.collect()

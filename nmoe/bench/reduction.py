@@ -67,7 +67,9 @@ def main() -> None:
 
         def ordered() -> None:
             ranks.clear()
+            ranks.open()
             weight.grad = gradient
+            ranks.show()
             ranks.add()
             ranks.share()
 

@@ -23,8 +23,8 @@ matrices. Where several nodes have the same experts, the microbatches before a n
 each one's gradient is kept by itself, for whoever adds them all (`Apart`).
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import attrs
 import torch
@@ -181,6 +181,20 @@ class Apart:
         """All parts are whole; who adds them knows where they are."""
 
 
+class Bases(NamedTuple):
+    """What the experts' sum begins with on a GPU: first + second + sum over k, (T, D) of x's dtype, None for nothing.
+
+    ready: called before they are read, on the host; the stream then is one in which they are there.
+    """
+
+    first: Tensor | None = None
+    second: Tensor | None = None
+    ready: Callable[[], None] | None = None
+
+
+NO_BASES = Bases()
+
+
 class GroupedExperts(torch.nn.Module):
     """SwiGLU of the experts that one rank holds, on the rows that a layout gives each of them.
 
@@ -200,11 +214,14 @@ class GroupedExperts(torch.nn.Module):
         self.apart = Apart(self.w_gate_up_E2FD, microbatches), Apart(self.w_down_EDF, microbatches)
         return dict(zip(("w_gate_up_E2FD", "w_down_EDF"), self.apart, strict=True))
 
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, places: Places, transport: AnyTransport) -> Tensor:
+    def forward(
+        self, x_TD: Tensor, weights_TK: Tensor, places: Places, transport: AnyTransport, bases: Bases = NO_BASES
+    ) -> Tensor:
         """y_t = sum over k of w_tk * expert_{i_tk}(x_t), i the routing that the transport's `layout` gave places for.
 
-        x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x and w. The
-        matrices' gradients are float32, and are added to `grad`, or kept apart, out of autograd's sight.
+        x_TD: (T, D). weights_TK: (T, K) float32. Returns (T, D) in x's dtype. Differentiable in x, w and, on a GPU,
+        the bases, which only it adds. The matrices' gradients are float32, and are added to `grad`, or kept apart, out
+        of autograd's sight.
         """
         matrices = self.w_gate_up_E2FD, self.w_down_EDF
         if x_TD.device.type == "cpu":
@@ -212,5 +229,5 @@ class GroupedExperts(torch.nn.Module):
         else:
             from nmoe.experts.hopper import HopperSwiglu
 
-            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places, transport, self.apart)
+            y_TD = HopperSwiglu.apply(x_TD, weights_TK, *matrices, places, transport, self.apart, *bases)
         return y_TD

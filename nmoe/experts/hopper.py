@@ -9,6 +9,7 @@ One rank gathers rows from x and sums its pairs' rows where the products left th
 between. The products and the sums are the same, at the same places, and so are the bits.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -24,8 +25,8 @@ from nmoe.kernels.moe import (
     experts_backward,
     experts_forward,
     fresh_gradients,
+    fresh_rows,
     moe_backward,
-    moe_forward,
     require,
 )
 from nmoe.rdep.transport import AnyTransport
@@ -36,7 +37,10 @@ if TYPE_CHECKING:
 
 
 class HopperSwiglu(torch.autograd.Function):
-    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport, apart)`, as `GroupedSwiglu`."""
+    """`apply(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, places, transport, apart, *bases)`, as `GroupedSwiglu`.
+
+    bases: `nmoe.experts.grouped.Bases`.
+    """
 
     @staticmethod
     def forward(
@@ -48,13 +52,18 @@ class HopperSwiglu(torch.autograd.Function):
         places: Layout | Places,
         transport: AnyTransport,
         apart: "tuple[Apart, Apart] | None",
+        first_TD: Tensor | None,
+        second_TD: Tensor | None,
+        ready: Callable[[], None] | None,
     ) -> Tensor:
         ctx.matrices = w_gate_up_L2FD, w_down_LDF
         ctx.places, ctx.transport, ctx.apart = places, transport, apart
         if isinstance(places, Layout):
-            y_TD, saved = moe_forward(x_TD, places, weights_TK, w_gate_up_L2FD, w_down_LDF)
-            ctx.save_for_backward(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, saved.h_2RF)
-            return y_TD
+            require(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF)
+            kept = fresh_rows(places, w_down_LDF)
+            y_RD = experts_forward(x_TD, places, w_gate_up_L2FD, w_down_LDF, kept)
+            ctx.save_for_backward(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, kept.h_2AF)
+            return combine(y_RD, places.row_TK, weights_TK, first_TD, second_TD)
         require(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF)
         several = cast("CudaTransport", transport)
         received = several.dispatch(x_TD, weights_TK, places)
@@ -65,7 +74,9 @@ class HopperSwiglu(torch.autograd.Function):
         ctx.save_for_backward(
             *received[:3], w_gate_up_L2FD, w_down_LDF, layout.token_R, layout.pair_R, layout.row_TK
         )
-        return combine(rows_PD, slot_TK, weights_TK)
+        if ready is not None:
+            ready()
+        return combine(rows_PD, slot_TK, weights_TK, first_TD, second_TD)
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
@@ -96,4 +107,5 @@ class HopperSwiglu(torch.autograd.Function):
             dx_TD = combine(rows_PD, slot_TK, None)
         if ctx.apart is None:
             gate_up.grad, down.grad = grads
-        return dx_TD, d_weights_TK, None, None, None, None, None
+        bases = tuple(dy_TD if needed else None for needed in ctx.needs_input_grad[7:9])
+        return dx_TD, d_weights_TK, None, None, None, None, None, *bases, None

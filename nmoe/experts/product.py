@@ -21,6 +21,14 @@ def product(a_MK: Tensor, b_KN: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a_MK, b_KN) if dtype == a_MK.dtype else torch.mm(a_MK, b_KN, out_dtype=dtype)
 
 
+def add_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
+    """out += a b, all of one dtype, rounded to it: on a GPU once, in the product; on the CPU the product before."""
+    if out_MN.device.type == "cpu":
+        out_MN.add_(product(a_MK, b_KN, out_MN.dtype))
+    else:
+        torch.addmm(out_MN, a_MK, b_KN, out=out_MN)
+
+
 def operand(x: Tensor) -> Tensor:
     """x as the CPU's products read it: what several products share is then widened once, not in each."""
     return x.float()

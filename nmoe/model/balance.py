@@ -52,7 +52,7 @@ class SwitchBalance:
     def __call__(self, logits_TE: Tensor, score_TE: Tensor, best_TK: Tensor) -> tuple[Tensor, Tensor]:
         """As `BalanceLoss`. T dL/ds_te = E f_e; the softmax takes its mean under s off."""
         tokens, experts = score_TE.shape
-        f_E = torch.bincount(best_TK.view(-1), minlength=experts).to(torch.float32) * (experts / tokens)
+        f_E = chosen(best_TK, experts).sum(dim=0) * (experts / tokens)
         product_TE = score_TE * f_E
         token_T1 = product_TE.sum(dim=1, keepdim=True)
         return token_T1.mean(dtype=torch.float64), product_TE - score_TE * token_T1
@@ -72,10 +72,8 @@ class SequenceBalance:
     def __call__(self, logits_TE: Tensor, score_TE: Tensor, best_TK: Tensor) -> tuple[Tensor, Tensor]:
         """As `BalanceLoss`. With q = s / sum s and l_t = sum_e f_e q_te: T dL/ds_te = (f_e - l_t) / sum s."""
         experts, length = score_TE.shape[1], self.sequence_length
-        best_BP = best_TK.view(-1, length * best_TK.shape[1])
-        slot_BP = best_BP + experts * torch.arange(len(best_BP), device=best_BP.device)[:, None]
-        n_BE = torch.bincount(slot_BP.view(-1), minlength=len(best_BP) * experts).view(-1, experts)
-        f_B1E = (n_BE.to(torch.float32) * (experts / best_BP.shape[1]))[:, None]
+        n_B1E = chosen(best_TK, experts).view(-1, length, experts).sum(dim=1, keepdim=True)
+        f_B1E = n_B1E * (experts / (length * best_TK.shape[1]))
         score_BSE = score_TE.view(-1, length, experts)
         q_BSE = score_BSE / (score_BSE.sum(dim=2, keepdim=True) + 1e-20)
         token_BS1 = (q_BSE * f_B1E).sum(dim=2, keepdim=True)
@@ -92,6 +90,15 @@ class ZLoss:
         """As `BalanceLoss`. T dL/dz_te = 2 ln(sum exp z_t) s_te."""
         z_T1 = torch.logsumexp(logits_TE, dim=1, keepdim=True)
         return z_T1.double().square().mean(), 2 * z_T1 * score_TE
+
+
+def chosen(best_TK: Tensor, experts: int) -> Tensor:
+    """(T, E) float32: 1 where a token has an expert among its K. Sums of it are counts, exact in any order below 2^24.
+
+    A bincount would have a GPU's host wait for the largest index.
+    """
+    tokens = best_TK.shape[0]
+    return torch.zeros(tokens, experts, device=best_TK.device).scatter_(1, best_TK, 1.0)
 
 
 class _Inject(torch.autograd.Function):
@@ -140,8 +147,17 @@ class Balance:
 
     def record(self, tokens: int, means: list[Tensor]) -> None:
         """One microbatch has gone backward: its tokens, and each loss's mean over them."""
-        self._terms.append(torch.stack(means).double() * tokens)
+        self.add(tokens, torch.stack(means).double() * tokens)
+
+    def add(self, tokens: int, terms_L: Tensor) -> None:
+        """As `record`, for a microbatch whose T L of every loss are given: float64."""
+        self._terms.append(terms_L)
         self._tokens += tokens
+
+    def take_back(self, tokens: int) -> Tensor:
+        """Forgets the last microbatch, of so many tokens; what `add` was given for it."""
+        self._tokens -= tokens
+        return self._terms.pop()
 
     def terms(self) -> Tensor:
         """Each microbatch's T L of every loss, as recorded since `clear`: (M, losses) float64, on the CPU."""

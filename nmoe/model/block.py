@@ -42,12 +42,12 @@ class Block(torch.nn.Module):
         """x_BSD: (B, S, D), the residual stream; the same shape and dtype. first_BS: each query's first key."""
         if self.recompute == "attention":
             x_BSD, normed_BSD = self.ffn_norm.after(x_BSD, again(self.attended, x_BSD, first_BS))
-            return x_BSD + self.ffn(normed_BSD)
+            return self.ffn(x_BSD, normed_BSD)
         if self.recompute == "layer" and self.mlp is not None:
             return again(self.whole, x_BSD, first_BS)
         if self.recompute == "layer":
             x_BSD, normed_BSD = again(self.first_half, x_BSD, first_BS)
-            return x_BSD + self.ffn(normed_BSD)
+            return self.ffn(x_BSD, normed_BSD)
         return self.whole(x_BSD, first_BS)
 
     def attended(self, x_BSD: Tensor, first_BS: Tensor | None) -> Tensor:
@@ -57,17 +57,18 @@ class Block(torch.nn.Module):
 
     def first_half(self, x_BSD: Tensor, first_BS: Tensor | None) -> tuple[Tensor, Tensor]:
         """h = x + attention(norm(x)), and norm(h)."""
-        return self.ffn_norm.after(x_BSD, self.attended(x_BSD, first_BS))
+        x_BSD, normed_BSD = self.attention_norm.beside(x_BSD)
+        return self.ffn_norm.after(x_BSD, self.attention(normed_BSD, first_BS))
 
     def whole(self, x_BSD: Tensor, first_BS: Tensor | None) -> Tensor:
         """The layer, keeping what backward needs."""
         x_BSD, normed_BSD = self.first_half(x_BSD, first_BS)
-        return x_BSD + self.ffn(normed_BSD)
+        return self.ffn(x_BSD, normed_BSD)
 
-    def ffn(self, x_BSD: Tensor) -> Tensor:
-        """The dense SwiGLU or the MoE layer."""
-        x_TD = x_BSD.flatten(0, 1)
+    def ffn(self, h_BSD: Tensor, normed_BSD: Tensor) -> Tensor:
+        """h + ffn(norm(h)), with the dense SwiGLU or the MoE layer."""
+        h_TD, x_TD = h_BSD.flatten(0, 1), normed_BSD.flatten(0, 1)
         if self.moe is not None:
-            return self.moe(x_TD, recompute=self.recompute == "layer").view(x_BSD.shape)
+            return self.moe(x_TD, h_TD, recompute=self.recompute == "layer").view(h_BSD.shape)
         assert self.mlp is not None
-        return self.mlp(x_TD).view(x_BSD.shape)
+        return (h_TD + self.mlp(x_TD)).view(h_BSD.shape)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmoe.model.attention import attend
-from nmoe.model.linear import Linear
+from nmoe.model.linear import Linear, linears
 from nmoe.model.norm import RmsNorm
 from nmoe.model.rope import Yarn, rotate_halves
 
@@ -47,11 +47,11 @@ class Gqa(torch.nn.Module):
     def forward(self, x_BSD: Tensor, first_BS: Tensor | None = None) -> Tensor:
         """x_BSD: (B, S, D); the same shape and dtype. first_BS: as in `attend`."""
         heads = (-1, self.head_dim)
-        q_BSHQ, k_BSGQ = self.q_proj(x_BSD).unflatten(-1, heads), self.k_proj(x_BSD).unflatten(-1, heads)
+        projected = linears(x_BSD, self.v_proj, self.k_proj, self.q_proj)
+        v_BSGQ, k_BSGQ, q_BSHQ = (y_BSX.unflatten(-1, heads) for y_BSX in projected)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHQ, k_BSGQ = self.q_norm(q_BSHQ), self.k_norm(k_BSGQ)
         q_BSHQ, k_BSGQ = (rotate_halves(x, self.rope_theta, self.rope_scaling) for x in (q_BSHQ, k_BSGQ))
-        v_BSGQ = self.v_proj(x_BSD).unflatten(-1, heads)
         q_BHSQ, k_BGSQ, v_BGSQ = (x.transpose(1, 2) for x in (q_BSHQ, k_BSGQ, v_BSGQ))
         y_BHSQ = attend(q_BHSQ, k_BGSQ, v_BGSQ, self.window, first_BS, self.sink_H)
         y: Tensor = self.o_proj(y_BHSQ.transpose(1, 2).flatten(2))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nmoe.experts.product import product
+from nmoe.experts.product import add_product, product
 
 
 class _Linear(torch.autograd.Function):
@@ -36,6 +36,29 @@ def linear(x: Tensor, w_OI: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     y: Tensor = _Linear.apply(x, w_OI, dtype or x.dtype)
     return y
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights_OI: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights_OI)
+        x_TI = x.reshape(-1, x.shape[-1])
+        return tuple(product(x_TI, w_OI.t(), x.dtype).view(*x.shape[:-1], len(w_OI)) for w_OI in weights_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor, ...]:
+        x, *weights_OI = ctx.saved_tensors
+        x_TI, dys_TO = x.reshape(-1, x.shape[-1]), [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx_TI = product(dys_TO[0], weights_OI[0], x.dtype)
+        for dy_TO, w_OI in zip(dys_TO[1:], weights_OI[1:], strict=True):
+            add_product(dx_TI, dy_TO, w_OI)
+        return dx_TI.view(x.shape), *(product(dy_TO.t(), x_TI, torch.float32) for dy_TO in dys_TO)
+
+
+def linears(x: Tensor, *layers: "Linear") -> tuple[Tensor, ...]:
+    """Each layer's x W^T; the gradient of x is one sum, of which a GPU's products add their parts themselves."""
+    ys: tuple[Tensor, ...] = _Linears.apply(x, *(layer.weight for layer in layers))
+    return ys
 
 
 class Linear(torch.nn.Module):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nmoe.model.attention import attend
-from nmoe.model.linear import Linear
+from nmoe.model.linear import Linear, linears
 from nmoe.model.norm import RmsNorm
 from nmoe.model.rope import Yarn, rotate_interleaved, table
 
@@ -65,12 +65,11 @@ class Mla(torch.nn.Module):
     def forward(self, x_BSD: Tensor, first_BS: Tensor | None = None) -> Tensor:
         """x_BSD: (B, S, D); the same shape and dtype. first_BS: as in `attend`."""
         heads = (self.num_heads, -1)
+        q_BSX, kv_BSC = linears(x_BSD, self.q_a_proj if self.compressed_queries else self.q_proj, self.kv_a_proj)
         if self.compressed_queries:
-            q_BSX = self.q_b_proj(self.q_a_norm(self.q_a_proj(x_BSD)))
-        else:
-            q_BSX = self.q_proj(x_BSD)
+            q_BSX = self.q_b_proj(self.q_a_norm(q_BSX))
         q_BSHX = q_BSX.unflatten(-1, heads)
-        latent_BSC, k_rope_BSR = self.kv_a_proj(x_BSD).split(self.latent_sizes, dim=-1)
+        latent_BSC, k_rope_BSR = kv_BSC.split(self.latent_sizes, dim=-1)
         kv_BSHX = self.kv_b_proj(self.kv_a_norm(latent_BSC)).unflatten(-1, heads)
         if x_BSD.device.type == "cpu":
             q_BHSQ, k_BHSQ, v_BHSV = self.turned(q_BSHX, kv_BSHX, k_rope_BSR)

@@ -1,4 +1,4 @@
-"""The MoE layer: y = sum over the chosen k of w_k expert_k(x), plus the shared experts' y."""
+"""The MoE layer: y = sum over the chosen k of w_k expert_k(x), plus the shared experts' y; added to the stream h."""
 
 import functools
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nmoe.errors import fail
-from nmoe.experts.grouped import GroupedExperts
+from nmoe.experts.grouped import Bases, GroupedExperts
 from nmoe.model.mlp import DenseMlp
 from nmoe.model.recompute import again
 from nmoe.model.router import Router
@@ -37,8 +37,8 @@ class MoE(torch.nn.Module):
                 help="the router's number of experts must be the experts' times the ranks",
             )
 
-    def forward(self, x_TD: Tensor, *, recompute: bool = False) -> Tensor:
-        """x_TD: (T, D); (T, D) in its dtype.
+    def forward(self, x_TD: Tensor, h_TD: Tensor, *, recompute: bool = False) -> Tensor:
+        """h + y(x). x_TD, h_TD: (T, D); (T, D) in their dtype.
 
         recompute: backward computes the experts again; the routing, its weights and its layout are kept. It does so too
         where the experts' arena has no room for more than one layer.
@@ -49,26 +49,30 @@ class MoE(torch.nn.Module):
             self.router.load_E += places.pairs_E
         arena = self.transport.arena
         if recompute or (arena is not None and arena.alone):
-            return again(self.routed, x_TD, weights_TK, places)
-        return self.routed(x_TD, weights_TK, places)
+            return again(self.routed, x_TD, h_TD, weights_TK, places)
+        return self.routed(x_TD, h_TD, weights_TK, places)
 
-    def routed(self, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
-        """What follows the routing: the chosen experts, and the shared ones."""
-        if self.shared is None:
-            y_TD: Tensor = self.experts(x_TD, weights_TK, places, self.transport)
-            return y_TD
-        if self.transport.ranks == 1 or x_TD.device.type == "cpu":
-            return self.experts(x_TD, weights_TK, places, self.transport) + self.shared(x_TD)
+    def routed(self, x_TD: Tensor, h_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
+        """What follows the routing: the chosen experts, the shared ones, and the sum.
+
+        A GPU adds all of it where it adds the experts' rows, in float32.
+        """
+        if x_TD.device.type == "cpu":
+            y_TD = self.experts(x_TD, weights_TK, places, self.transport)
+            return h_TD + (y_TD if self.shared is None else y_TD + self.shared(x_TD))
+        if self.shared is None or self.transport.ranks == 1:
+            shared_TD = None if self.shared is None else self.shared(x_TD)
+            return self.experts(x_TD, weights_TK, places, self.transport, Bases(h_TD, shared_TD))
         # Beside each other: the shared experts' products run while rows are on their way.
         main, side = torch.cuda.current_stream(x_TD.device), side_stream(x_TD.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             shared_TD = self.shared(x_TD)
-        x_TD.record_stream(side)  # backward may drop its last reference while the other stream still reads
-        shared_TD.record_stream(main)
-        y_TD = self.experts(x_TD, weights_TK, places, self.transport)
-        main.wait_stream(side)
-        return y_TD + shared_TD
+        # Backward may drop the last reference to x while the other stream still reads. That to the shared experts'
+        # output may be dropped while the main stream reads: whatever the other is given next waits for it first.
+        x_TD.record_stream(side)
+        bases = Bases(h_TD, shared_TD, ready=lambda: main.wait_stream(side))
+        return self.experts(x_TD, weights_TK, places, self.transport, bases)
 
 
 @functools.cache

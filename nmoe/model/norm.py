@@ -51,6 +51,14 @@ class RmsNorm(torch.nn.Module):
         y: Tensor = _RmsNorm.apply(x.reshape(-1, x.shape[-1]), self.weight_D, self.eps)
         return y.view(x.shape)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and its norm; x: (..., D). A GPU adds the two gradients in one pass."""
+        if x.device.type != "cpu":
+            from nmoe.kernels.rms_norm import pass_rms_norm
+
+            return pass_rms_norm(x, self.weight_D, self.eps)
+        return x, self(x)
+
     def after(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and its norm; x, y: (..., D), one dtype."""
         if x.device.type != "cpu":

@@ -71,6 +71,12 @@ class Alone:
     def clear(self) -> None:
         """See `Reduction`."""
 
+    def open(self) -> None:
+        """See `Reduction`."""
+
+    def show(self) -> None:
+        """See `Reduction`."""
+
     def add(self) -> None:
         """See `Reduction`."""
 
@@ -132,7 +138,7 @@ class Reduction:
                 self.weight_sends[number] = [self._weight(piece) for piece in self.mine]
                 self.weight_receives[number] = [self._weight(piece) for piece in theirs]
             self.parts += here
-        self.read_in = 0
+        self.opened = self.read_in = 0
         self.parity = 0
         self.clear()
 
@@ -140,9 +146,18 @@ class Reduction:
         """Begin a new sum."""
         self._begin(True)
 
-    def add(self) -> None:
-        """A pass is over: every rank's `grad` of the parameters is its microbatch's, and is None afterwards."""
-        self._wait_until_read()
+    def open(self) -> None:
+        """A microbatch begins."""
+        self.opened = self.node.phase
+
+    def show(self) -> None:
+        """A microbatch ends: this rank's `grad` of the parameters is shown to the others, and is None afterwards.
+
+        What was shown before has been read once a phase has passed: one of the experts' in this microbatch, or one
+        that is put in. Which it is does not depend on what was before the microbatch, so that a recording of it holds.
+        """
+        if self.node.phase == self.opened:
+            self.node.meet("values")
         mine_P = self.node.memory[self.node.rank]["gradients_P"]
         alike = {name: parameter for name, parameter in self.parameters.items() if name not in self.apart}
         gradients = {name: gradient(name, parameter).view(-1) for name, parameter in alike.items()}
@@ -154,6 +169,9 @@ class Reduction:
         )
         for parameter in alike.values():
             parameter.grad = None
+
+    def add(self) -> None:
+        """A pass is over: every rank has shown its microbatch's gradients, and each adds what it owns."""
         self.node.meet("gradients")
         self._between_nodes("gradients", self.sends, self.receives)
         for number, parts in enumerate(self.parts):
@@ -179,7 +197,8 @@ class Reduction:
     @torch.no_grad()
     def share(self) -> None:
         """Every rank's copies of the parameters become what their owners have made of them."""
-        self._wait_until_read()
+        if self.node.phase == self.read_in:  # what was shown there may still be being read
+            self.node.meet("values")
         mine: list[tuple[Tensor, Tensor]] = []
         others: list[tuple[Tensor, Tensor]] = []
         for share, place in zip(self.shares, self.places, strict=True):
@@ -229,11 +248,6 @@ class Reduction:
         self.begins = begins
         for one in self.apart.values():
             one.begins = begins and self.nodes.number == 0
-
-    def _wait_until_read(self) -> None:
-        """All have come to a phase behind the one that showed this rank's gradients or weights: they have been read."""
-        if self.node.phase == self.read_in:
-            self.node.meet("values")
 
     def _pieces(self, rank: int) -> list[Piece]:
         """What a rank owns: one run of what all ranks hold, and of each expert tensor one."""

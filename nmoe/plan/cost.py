@@ -61,23 +61,34 @@ always are, and beside them
     optimizer               all                          none             what its largest group needs
 
 with C = min(T, 1024), on a GPU the power of two that makes 6 C V at most 1.5 GiB (256 at least), and in the working
-set of all of them: the batch, three int64 for each of a step's tokens on the rank; the final norm's output T D e,
-where it is not among the activations; on a GPU two cuBLAS workspaces of 32 MiB, for forward's thread and
-backward's. For M > 1 the second microbatch finds all gradients there: they are alive at all moments, and those that
-a moment makes are in its working set until they are added; experts add to theirs where they are. Of several ranks it
-finds the experts' alone, as do the norm and the optimizer: the others have gone to their owners' sums. A tied
-table's gradient is made by the loss, and waits for the embedding's through all layers.
+set of all of them: the batch, three int64 for each of a step's tokens on the rank, on a GPU of a microbatch's; on a
+GPU two cuBLAS workspaces of 32 MiB, for forward's thread and backward's; in those of a microbatch the final norm's
+output T D e, where it is not among the activations. For M > 1 the second microbatch finds all gradients there: they
+are alive at all moments, and those that a moment makes are in its working set until they are added; experts add to
+theirs where they are. Of several ranks it finds the experts' alone, as do the norm and the optimizer: the others have
+gone to their owners' sums. A tied table's gradient is made by the loss, and waits for the embedding's through all
+layers.
 
 Of the optimizer, AdamW needs next to nothing: 24 bytes for each of at most 2^16 values that are rounded to
 state_dtype bf16. Muon works on pieces of P values, all matrices of one shape up to 2^24 values, or one matrix,
 A the sum of their short sides squared: 12 P + 8 A bytes iterating in float32, 8 P + 4 A in bf16; and 4 bytes for
 each value of the piece's last tensor, at most the largest, with Nesterov and again where state_dtype is bf16.
 
+With [output] cuda_graph a GPU keeps all that a microbatch needs for its recordings, so what the last two moments
+need is not alive instead of it but beside it, as is what an evaluation of T' tokens needs (`beside_graphs`): the
+largest of the three, and a third cuBLAS workspace where there are products in it. The evaluation's is the largest of
+
+    attention   2 T' D e, and what attention saves of T' tokens
+    MLP or MoE  3 T' D e, half as much again as it saves, and D e for each of a token's K pairs; between GPUs
+                (D + F) e for the most rows, and what is received
+    loss        T' D e and 4 for each logit of 1024 tokens
+
 Not counted: what torch's own kernels take for themselves, routers' biases and counters, rotary tables, what
 allocators round up and cannot use, and memory outside the allocator (context, code, libraries).
 """
 
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import attrs
 
@@ -287,9 +298,18 @@ def memory_of(config: Config, kinds: dict[str, str], recompute: str, *, ranks: i
         boxes = 0 if config.platform.target == "cpu" else 2 * ranks_per_node * rows
         whole["reduction"] = 4 * (alike + owned + (nodes - 1) * ranks_per_node * owned + apart + boxes)
 
-    always = 24 * (batch.tokens_per_step // ranks) + (0 if config.platform.target == "cpu" else 2 * CUBLAS_WORKSPACE)
+    on_cpu = config.platform.target == "cpu"
+    always = 24 * (batch.tokens_per_step // ranks) if on_cpu else 24 * tokens + 2 * CUBLAS_WORKSPACE
+    at_moments = list(moments(config, layers, alive, whole))
+    beside = moments_beside(config, kinds, whole)
+    if config.output.cuda_graph and not on_cpu:
+        products = config.eval.bpb is not None or "muon" in kinds.values()
+        needs = [evaluation_working(config, ranks_per_node), *(working for *_, working in beside)]
+        whole["beside_graphs"] = max(needs) + products * CUBLAS_WORKSPACE
+    else:
+        at_moments += beside
     peak = {"total": 0}
-    for name, own, done, activations, working in moments(config, kinds, layers, alive, whole):
+    for name, own, done, activations, working in at_moments:
         if ranks == 1:
             found = whole["gradients"] if several else done
         else:
@@ -330,14 +350,14 @@ def part_of(name: str) -> str:
     return f"{layer}.{'attention' if part.startswith('attention') else 'ffn'}"
 
 
-def moments(
-    config: Config, kinds: dict[str, str], layers: list[tuple[Half, Half]], gradients: dict[str, int],
-    whole: dict[str, int],
-) -> Iterator[tuple[str, int, int, int, int]]:  # fmt: skip
-    """The moments of a step with one microbatch: name, gradients made in it, and alive gradients, activations, working.
+Moment: TypeAlias = tuple[str, int, int, int, int]
+"""Name, gradients made in it, and alive gradients, activations, working; of a step with one microbatch."""
 
-    gradients: bytes by part. See the module.
-    """
+
+def moments(
+    config: Config, layers: list[tuple[Half, Half]], gradients: dict[str, int], whole: dict[str, int]
+) -> Iterator[Moment]:
+    """The moments of a microbatch. gradients: bytes by part. See the module."""
     model, batch = config.model, config.batch
     tokens, element = batch.microbatch * batch.sequence_length, BYTES[model.dtype]
     stream = tokens * model.hidden_size
@@ -359,10 +379,41 @@ def moments(
     done += gradients["embedding"] - tied
     widened = 0 if element == 4 else 4 * stream
     yield "embedding, backward", gradients["embedding"], done, 0, 2 * output + widened + tied
-    shapes = [parameter.shape for parameter in model.parameters()]
+
+
+def moments_beside(config: Config, kinds: dict[str, str], whole: dict[str, int]) -> list[Moment]:
+    """The moments behind a step's microbatches. kinds: as in `cost_of`. See the module."""
+    shapes, on_cpu = [parameter.shape for parameter in config.model.parameters()], config.platform.target == "cpu"
     values = min(NORM_VALUES, max(map(size, shapes))) if on_cpu else sum(size(shape[:-1]) for shape in shapes)
-    yield DELIVERED[0], 0, done, 0, output + 4 * values
-    yield DELIVERED[1], 0, done, 0, output + max(optimizer_working(config, name, kinds) for name in kinds)
+    working = max(optimizer_working(config, name, kinds) for name in kinds)
+    done = whole["gradients"]
+    return [(DELIVERED[0], 0, done, 0, 4 * values), (DELIVERED[1], 0, done, 0, working)]
+
+
+def evaluation_working(config: Config, per_node: int) -> int:
+    """Bytes that an evaluation on a GPU needs; 0 without one. per_node: ranks of a node. See the module."""
+    model, evaluated, target = config.model, config.eval.bpb, config.platform.target
+    if evaluated is None:
+        return 0
+    tokens, element = evaluated.sequences * config.batch.sequence_length, BYTES[model.dtype]
+    stream = model.hidden_size * element
+    needs = [tokens * stream + 4 * LOSS_CHUNK_TOKENS * model.vocab_size]
+    for layer in range(model.num_layers):
+        needs.append(tokens * (2 * stream + model.attention_of(layer).saved_bytes(element, target)))
+        if layer < model.num_dense_layers:
+            assert model.mlp is not None
+            saved = model.mlp.saved_bytes(element)
+        else:
+            assert model.moe is not None
+            if between_gpus(config, per_node):
+                saved, width = model.moe.saved_bytes(element, target, per_node), model.moe.experts.intermediate_size
+                rows = most_rows(config, per_node) * (stream + width * element)
+                needs.append(rows + received_bytes(config, per_node))
+            else:
+                saved = model.moe.saved_bytes(element, target)
+                needs.append(tokens * model.moe.router.top_k * stream)
+        needs[-1] += tokens * (3 * stream + saved + saved // 2)
+    return max(needs)
 
 
 def gpu_loss_chunk(vocab_size: int) -> int:

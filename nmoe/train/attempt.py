@@ -278,6 +278,7 @@ class Attempt:
                     loaded = time.perf_counter()
                     result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=tracer.observe)
                 on_device, marks = {} if marks is None else marks.seconds(), result.marks
+                self._say_what_was_recorded()
                 self._look_for_repetition(step, result)
                 self.observe(step, "router")
                 health = {
@@ -315,6 +316,12 @@ class Attempt:
                 if step % self.output.checkpoint_every == 0 or is_last:
                     self._save(sink)
         return ended_by
+
+    def _say_what_was_recorded(self) -> None:
+        """Once, after the step in which it was."""
+        recorded = self.graph.microbatch.news()
+        if recorded is not None:
+            self.progress.say(recorded)
 
     def _asked_to_stop(self) -> str | None:
         """The name of the signal by which a rank has been asked to stop, the lowest such rank's."""

@@ -33,7 +33,6 @@ from nmoe import platform
 from nmoe.data.loader import TokenBatch
 from nmoe.errors import RunError, fail
 from nmoe.graph import TrainingGraph
-from nmoe.model.loss import chunk_of, linear_cross_entropy
 from nmoe.optim import norm
 from nmoe.train.marks import Marks
 from nmoe.train.tally import Tally, exchange
@@ -58,7 +57,8 @@ class StepResult:
     targets stand for. norms: gradient norm of each group; norm: of all, before clipping.
     clip: the factor that clipping put on the gradient. scale: the schedule's factor. rates: each
     group's learning rate. routed: what each layer's router counted, before the routers' `end_step`.
-    seconds: wall time by part on this rank; on a GPU the host's, whose wait for the device falls into `norm`.
+    seconds: wall time by part on this rank; on a GPU the host's, whose wait for the device falls into `norm`, and
+    whose launch of a recorded microbatch is all `forward`.
     memory: of each rank. marks: where the device's parts of the step end. activation_rows: what a microbatch brought to
     each rank's arena at most; None without arenas. repeated: seconds of the passes that did not fit there and were
     repeated, 0 if they did; they are no part of the others.
@@ -106,7 +106,7 @@ def run_step(
         repeated = passes.forward_seconds + passes.backward_seconds + time.perf_counter() - before
         for _, router in graph.routers():
             router.forget()
-        with graph.arena.each_layer_alone():
+        with graph.arena.each_layer_alone(), graph.microbatch.unrecorded():
             passes = forward_and_backward(graph, batch, step=step, observe=observe)
         before = time.perf_counter()
         told = tell(graph, passes, step=step, digest=batch.digest)
@@ -169,27 +169,23 @@ def forward_and_backward(graph: TrainingGraph, batch: TokenBatch, *, step: int, 
     if graph.arena is not None:
         graph.arena.clear()
     graph.model.train()
-    share = torch.full((), 1.0 / graph.tokens_per_step, device=graph.device)
     losses = []
-    head_VD = graph.model.head.weight_VD
-    forward_seconds = 0.0
+    began: dict[str, list[float]] = {"forward": [], "backward": []}
+
+    def passing(phase: str) -> None:
+        began[phase].append(time.perf_counter())
+        observe(step, phase)
+
     ours = slice(graph.ranks.rank, None, graph.ranks.ranks)
     whole = (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)
-    mine = [[to_device(part, graph.device) for part in t.split(graph.microbatch)[ours]] for t in whole]
-    for input_ids_BS, targets_BS, document_ids_BS in zip(*mine, strict=True):
-        before = time.perf_counter()
-        observe(step, "forward")
-        h_TD = graph.model(input_ids_BS, document_ids_BS if graph.document_mask else None)
-        targets_T = targets_BS.reshape(-1)
-        loss_sum = linear_cross_entropy(h_TD, head_VD, targets_T, chunk_tokens=chunk_of(head_VD))
-        forward_seconds += time.perf_counter() - before
-        observe(step, "backward")
-        loss_sum.backward(gradient=share)
-        losses.append(loss_sum.detach())
+    mine = [t.split(graph.microbatch.sequences)[ours] for t in whole]
+    for number, parts in enumerate(zip(*mine, strict=True)):
+        losses.append(graph.microbatch.run(*parts, begins=number == 0, observe=passing))
         graph.ranks.add()
     marks.end("passes")
     graph.ranks.deliver()
     marks.end("reduce")
+    forward_seconds = sum(began["backward"]) - sum(began["forward"])
     backward_seconds = time.perf_counter() - started - forward_seconds
     return Passes(losses=losses, forward_seconds=forward_seconds, backward_seconds=backward_seconds, marks=marks)
 
@@ -198,11 +194,6 @@ def tell(graph: TrainingGraph, passes: Passes, *, step: int, digest: str) -> Tal
     """What the ranks make of it together."""
     memory = platform.memory(graph.device.type)
     return exchange(graph, step=step, digest=digest, losses=passes.losses, memory=memory)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; a GPU copies it from pinned memory when its turn comes, and the host goes on."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def not_finite(graph: TrainingGraph, told: Tally, *, step: int, batch: TokenBatch) -> RunError:

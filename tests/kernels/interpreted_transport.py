@@ -147,7 +147,7 @@ def step(transport, weights: list[Tensor], one: tuple[Tensor, ...], apart=None) 
     x_TD, indices_TK, weights_TK, dy_TD = one
     x_TD, weights_TK = x_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
     places = transport.layout(indices_TK, EXPERTS, 1)
-    y_TD = hopper.HopperSwiglu.apply(x_TD, weights_TK, *weights, places, transport, apart)
+    y_TD = hopper.HopperSwiglu.apply(x_TD, weights_TK, *weights, places, transport, apart, None, None, None)
     return [y_TD.detach(), *torch.autograd.grad(y_TD, (x_TD, weights_TK), dy_TD)]
 
 
@@ -180,7 +180,8 @@ def layers_in_an_arena(several: cuda.CudaTransport, rank: int) -> None:
         for x_TD, _, weights_TK, dy_TD in (batches[m] for m in microbatches):
             y_TD = x_TD = x_TD.clone().requires_grad_()
             for layer, weights in enumerate(layers):
-                inputs = y_TD, weights_TK, *weights, through.layout(indices_TK, EXPERTS, layer), through, None
+                places = through.layout(indices_TK, EXPERTS, layer)
+                inputs = y_TD, weights_TK, *weights, places, through, None, None, None, None
                 routed = hopper.HopperSwiglu.apply
                 y_TD = y_TD + (again(routed, *inputs) if alone else routed(*inputs))
             results.append([y_TD.detach(), *torch.autograd.grad(y_TD, x_TD, dy_TD)])

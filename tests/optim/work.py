@@ -63,8 +63,10 @@ def reducing(*, rank, ranks, store, microbatches, dtype):
         for step in range(STEPS):
             sums.clear()
             for microbatch in range(rank, microbatches, ranks):
+                sums.open()
                 for name, parameter in parameters.items():
                     parameter.grad = part(name, microbatch, step)
+                sums.show()
                 sums.add()
                 assert all(parameter.grad is None for parameter in parameters.values())
             sums.deliver()

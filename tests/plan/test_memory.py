@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_saves(name, monkeypatch):
     plan = plan_of(name)
     graph = build(plan)
     batch = graph.loader.batch(1)
-    ids_BS, documents_BS = (t[: graph.microbatch] for t in (batch.input_ids_BS, batch.document_ids_BS))
+    ids_BS, documents_BS = (t[: graph.microbatch.sequences] for t in (batch.input_ids_BS, batch.document_ids_BS))
     theirs = [*graph.model.parameters(), *graph.model.buffers(), ids_BS, documents_BS]
     known = {t.untyped_storage().data_ptr() for t in theirs}
     kept: dict[int, torch.UntypedStorage] = {}

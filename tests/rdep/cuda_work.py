@@ -271,7 +271,7 @@ def model() -> dict[str, object]:
 
         def step(moe: MoE = moe, recompute: bool = False) -> list[Tensor]:
             leaf = x_TD.clone().requires_grad_()
-            y_TD = moe(leaf, recompute=recompute)
+            y_TD = moe(leaf, dy_TD, recompute=recompute)  # any other rows as the stream
             y_TD.backward(dy_TD)
             rest = [p.grad.clone() for n, p in moe.named_parameters() if not n.startswith("experts.")]
             for parameter in moe.parameters():

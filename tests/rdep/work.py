@@ -285,7 +285,7 @@ def moe(*, rank, ranks, store, microbatches):
         for microbatch in range(rank, microbatches, ranks):
             x_TD, _, _, dy_TD = inputs("spread", 8, 3, torch.float32, microbatch, 0)
             x_TD.requires_grad_()
-            y_TD = layer(x_TD)
+            y_TD = layer(x_TD, torch.zeros_like(x_TD))
             y_TD.backward(dy_TD)
             for what, tensor in (("y", y_TD), ("dx", x_TD.grad), ("d router", router.weight_ED.grad)):
                 found[f"microbatch {microbatch} {what}"] = digest(tensor)

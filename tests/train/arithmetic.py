@@ -8,6 +8,7 @@ import torch
 
 from nmoe.checkpoint import environment
 from nmoe.data.loader import Loader
+from nmoe.model import microbatch
 from nmoe.optim.reduction import Reduction
 from nmoe.train import attempt, step
 
@@ -17,7 +18,7 @@ def cancelling() -> None:
 
     So the first two gradients cancel, and whoever adds in another order loses digits of the others.
     """
-    make, loss, run = Loader.batch, step.linear_cross_entropy, step.run_step
+    make, loss, run = Loader.batch, microbatch.linear_cross_entropy, step.run_step
     numbers = itertools.count()
 
     def batch(self, number):
@@ -35,7 +36,7 @@ def cancelling() -> None:
         numbers = itertools.count(graph.ranks.rank, graph.ranks.ranks)
         return run(graph, *given, **more)
 
-    Loader.batch, step.linear_cross_entropy, attempt.run_step = batch, weighted, run_step
+    Loader.batch, microbatch.linear_cross_entropy, attempt.run_step = batch, weighted, run_step
 
 
 def short_documents() -> None:
@@ -68,7 +69,7 @@ def other_microbatch() -> None:
 
     def run_step(graph, batch, **more):
         turn = {
-            name: getattr(batch, name).roll(graph.microbatch, dims=0)
+            name: getattr(batch, name).roll(graph.microbatch.sequences, dims=0)
             for name in ("input_ids_BS", "targets_BS", "document_ids_BS")
         }
         return run(graph, attrs.evolve(batch, **turn), **more)
@@ -103,7 +104,7 @@ class FullArena:
 
 def no_room() -> None:
     """Every step's passes are worth nothing, as only the arena's verdict tells, until each layer is alone."""
-    make, loss = attempt.build, step.linear_cross_entropy
+    make, loss = attempt.build, microbatch.linear_cross_entropy
     arenas = []
 
     def build(*given):
@@ -117,7 +118,7 @@ def no_room() -> None:
     def spoiled(*given, **more):
         return loss(*given, **more) * (1.0 if arenas[0].alone else 1e3)
 
-    attempt.build, step.linear_cross_entropy = build, spoiled
+    attempt.build, microbatch.linear_cross_entropy = build, spoiled
 
 
 ODD = {

@@ -104,10 +104,12 @@ def summing(*, rank, ranks, store, per_node, microbatches):
         for order in orders(microbatches):
             together.clear()
             for start in range(0, microbatches, ranks):
+                together.open()
                 for tensor in DENSE:
                     parameters[tensor.name].grad = dense(tensor, order[start + rank])
                 ours = order[start + first : start + first + per_node]
                 backward(apart, range(place * local, (place + 1) * local), ours)
+                together.show()
                 together.add()
             together.deliver()
             mine = [share for share in shares if share.rank == rank]

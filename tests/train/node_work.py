@@ -90,9 +90,11 @@ def counted(*, rank, ranks, store, per_node, config, sets):
         before = nodes.moved
         together.share()
         weights = nodes.moved - before
+        together.open()
         h_TD, head_VD = graph.model(batch.input_ids_BS[:1]), graph.model.head.weight_VD
         linear_cross_entropy(h_TD, head_VD, batch.targets_BS[0], chunk_tokens=64).backward()
         before = nodes.moved
+        together.show()
         together.add()
         parts = nodes.moved - before
         launch.control.gather("the end", None)

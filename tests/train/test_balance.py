@@ -70,8 +70,8 @@ def test_a_step_descends_cross_entropy_plus_losses(kind, document_mask):
     graph.model.train()
     total_nats, expected = 0.0, {layer: dict.fromkeys(KINDS[kind], 0.0) for layer in routed}
     microbatches = list(
-        zip(*(t.split(graph.microbatch) for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)),
-            strict=True)
+        zip(*(t.split(graph.microbatch.sequences)
+              for t in (batch.input_ids_BS, batch.targets_BS, batch.document_ids_BS)), strict=True)
     )  # fmt: skip
     assert len(microbatches) > 1
     whole = 0.0

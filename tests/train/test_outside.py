@@ -23,7 +23,7 @@ BASE = {
     "output.checkpoint_every": 5, "output.keep_checkpoints": 3, "output.metrics_every": 1, "output.progress_every": 10,
     "output.prefetch": 2, "output.recompute": '"none"', "eval.bpb.every_tokens": 128, "eval.bpb.max_tokens": 64,
     "eval.bpb.sequences": 4, "eval.bpb.context": 0, "output.rank_timeout": 45.0,
-    "output.divergence_every": 100,
+    "output.divergence_every": 100, "output.cuda_graph": "true",
     "output.router_collapse.dead_share": 0.75, "output.router_collapse.max_load": 4.0,
     "output.router_collapse.window": 2, "output.router_collapse.action": '"warn"', "output.profile_steps": "[2]",
 }  # fmt: skip
@@ -31,7 +31,7 @@ CHANGED = {
     "output.checkpoint_every": 1, "output.keep_checkpoints": 1, "output.metrics_every": 3, "output.progress_every": 1,
     "output.prefetch": 0, "output.recompute": '"layer"', "eval.bpb.every_tokens": 32, "eval.bpb.max_tokens": 17,
     "eval.bpb.sequences": 3, "eval.bpb.context": 5, "output.rank_timeout": 5.0,
-    "output.divergence_every": 1,
+    "output.divergence_every": 1, "output.cuda_graph": "false",
     # Either of the two is found and said in these runs; a window longer than the run is never full.
     "output.router_collapse.dead_share": 0.125, "output.router_collapse.max_load": 1.25,
     "output.router_collapse.window": STEPS + 1, "output.router_collapse.action": '"stop"',
