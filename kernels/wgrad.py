@@ -160,7 +160,7 @@ def consume(
             is_first = s == 0 and not CONTINUES
             if APART:
                 if steps == 0 and not is_first:
-                    acc = gl.full([WM, BN], -0.0, gl.float32, mma)
+                    acc = acc * -1.0  # -0, which a literal is not: Triton makes 0 of it, and 0 - 0 of a minus
                 store(out_MN + s * planes.to(gl.int64) * D * F, acc, inside_MN, WHOLE, True)
             elif is_first:
                 store(out_MN, acc, inside_MN, WHOLE, M == 1)

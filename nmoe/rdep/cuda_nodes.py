@@ -3,7 +3,7 @@
 Sends and receives of one exchange are one NCCL group, so that none waits for another to be launched. NCCL adds
 nothing here, and so decides no order and no bit. It is only used between ranks that have met just before
 (`nmoe.rdep.nodes`), by a host that watches until all is there; its own watchdog, which ends a process without a word,
-is told to leave that to us (`nmoe.platform.watch_nccl`).
+must have been told to leave that to us (`nmoe.platform.watch_nccl`).
 """
 
 import threading
@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import ErrorType
-
-from nmoe import platform
 
 NEVER = timedelta(days=365)  # NCCL's own time-out: the nodes have theirs
 END_S = 5.0  # for NCCL to end; a communicator that hangs then dies with the process
@@ -28,7 +26,6 @@ class Column:
     """
 
     def __init__(self, store: torch.distributed.Store, *, number: int, count: int, device: torch.device) -> None:
-        platform.watch_nccl()
         options = torch.distributed.ProcessGroupNCCL.Options()
         options._timeout = NEVER
         options.global_ranks_in_group = list(range(count))

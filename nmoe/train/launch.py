@@ -150,6 +150,7 @@ def gpus(
     """The node's GPUs, one for each rank; values: rows' sums that a rank brings to a norm, at most."""
     from nmoe.rdep.cuda_node import CudaNode
 
+    platform.watch_nccl()
     device = torch.device("cuda", process.local_rank)
     with ExitStack() as stack:
         group = None

@@ -14,7 +14,8 @@ name = ""
 
 
 def see(function, kernel):
-    found[name] = {"wgmma": kernel.asm["ptx"].count("wgmma.mma_async"), **usage(kernel)}
+    ptx = kernel.asm["ptx"]
+    found[name] = {"wgmma": ptx.count("wgmma.mma_async"), "negations": ptx.count("neg.f32"), **usage(kernel)}
 
 
 pretend(90, see)
