@@ -71,8 +71,7 @@ class Call:
     """A call of process `rank` that can change what is below the directory.
 
     name: the kernel's, or what it stands for in NAMES. path, target: relative to the directory, "." itself.
-    writes: whether an open can change the file, or a closed one could be. data: what a write writes from `offset` on;
-    a file that is only appended to has none.
+    data: what a write writes from `offset` on; a file that is only appended to has none.
     time: how many of its kind have come before.
     """
 

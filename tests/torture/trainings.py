@@ -8,7 +8,6 @@ import gc
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -47,11 +46,10 @@ class Straight:
 
 @attrs.frozen(kw_only=True)
 class Ended:
-    """How each rank of an attempt ended ("exit 0", "signal 9"), what each wrote, and the seconds that it took."""
+    """How each rank of an attempt ended ("exit 0", "signal 9"), and what each wrote."""
 
     ends: list[str]
     said: list[str]
-    seconds: float
 
 
 def begin(directory: Path, *sets: str) -> Straight:
@@ -93,7 +91,7 @@ def attempt(
     prepare: Callable[[], None] = lambda: None,
     sets: Collection[str] = (),
 ) -> Ended:
-    """`nmoe train` on forked ranks; `decide` is asked about each call of those `traced` on `disk`, but for fsync: done.
+    """`nmoe train` on forked ranks; `decide` is asked about each call on `disk` of those `traced`.
 
     prepare: called in each rank before it starts.
     """
@@ -114,12 +112,10 @@ def attempt(
 
         return body
 
-    started = time.monotonic()
     ends = tracer.run([rank_of(rank) for rank in range(ranks)], disk, decide, told=told, traced=traced)
-    seconds = time.monotonic() - started
     said = [file.read_text() if file.exists() else "" for file in files]
     shutil.rmtree(beside)
-    return Ended(ends=ends, said=said, seconds=seconds)
+    return Ended(ends=ends, said=said)
 
 
 def left(disk: Path) -> list[tuple]:
