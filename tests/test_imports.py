@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "eval": {"plan", "registry"} | RUNTIME,
     "report": {"plan", "registry", "metrics"},
     "export": {"plan", "registry", "checkpoint", "data", "metrics", "model"},
-    "bench": {"train", "plan", "registry", "platform", "graph"} | RUNTIME | {"kernels"},
+    "bench": {"train", "checkpoint", "plan", "registry", "platform", "graph"} | RUNTIME | {"kernels"},
     "train": {"graph", "checkpoint", "eval", "report", "plan", "registry", "platform"} | RUNTIME,
     "cli": {"train", "graph", "checkpoint", "eval", "report", "bench", "export", "plan", "registry", "platform"}
     | RUNTIME,

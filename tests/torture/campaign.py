@@ -31,7 +31,7 @@ import attrs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-SUBJECTS: tuple[str, ...] = ("kills", "metrics")
+SUBJECTS: tuple[str, ...] = ("kills", "metrics", "signals")
 BATCH_S = 1800
 
 

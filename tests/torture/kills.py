@@ -38,7 +38,7 @@ ALL = {**CONFIGS, **MORE}
 
 
 def batches(sample: bool) -> list[Batch]:
-    wanted = SAMPLE if sample else {name: KILLS for name in ALL}
+    wanted = SAMPLE if sample else dict.fromkeys(ALL, KILLS)
     return [Batch(name, partial(_cut, name, kills, sample)) for name, kills in wanted.items()]
 
 

@@ -25,9 +25,8 @@ SAMPLE = {"one rank, 1": (1, 3)}
 
 
 def batches(sample: bool) -> list[Batch]:
-    return [
-        Batch(name, partial(_cut, name, ranks, kills)) for name, (ranks, kills) in (SAMPLE if sample else BATCHES).items()
-    ]
+    wanted = SAMPLE if sample else BATCHES
+    return [Batch(name, partial(_cut, name, ranks, kills)) for name, (ranks, kills) in wanted.items()]
 
 
 def _cut(name: str, ranks: int, kills: int, directory: Path) -> Tally:
@@ -63,7 +62,7 @@ def _cut(name: str, ranks: int, kills: int, directory: Path) -> Tally:
 
 def _look(runs: Trainings, run: str, seen: set[tuple[int, int, str]]) -> list[str]:
     """What is wrong with a run's ledger; `seen` becomes what is there now, and says what was there before."""
-    head = runs.head(run) if (runs.directory / run / "checkpoints").exists() else 0
+    head = runs.head(run)
     found = apart(lambda: _state(runs.directory / "metrics" / run), runs.directory / "logs" / "ledger.json")
     here = {(step, attempt) for step, attempt in found["here"]}
     aside = {(step, attempt) for step, attempt in found["aside"]}

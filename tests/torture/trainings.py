@@ -14,13 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import attrs
-import torch._inductor  # which torch's deterministic mode imports: once, before anything is forked, and not in each rank
+import torch._inductor as _inductor  # torch's deterministic mode imports it: once, before anything is forked
 
 from nmoe.checkpoint import reader
 from nmoe.checkpoint.verify import verify
-from nmoe.metrics.reader import read_rows
 from nmoe.train import loop
 from tests.train import launches, work
+
+assert _inductor
 
 LIMIT_S = 240
 CALLS = ("open", "write", "fsync", "rename", "mkdir", "unlink")
@@ -100,7 +101,9 @@ class Trainings:
         used = os.times()
         return {"seconds": used.user + used.system, "mark": marks(), "call": calls()}
 
-    def attempt(self, name: str, ranks: int, *sets: str, blow: Blow | None = None, group: bool = False) -> Ended:
+    def attempt(
+        self, name: str, ranks: int, *sets: str, blow: Blow | None = None, group: bool = False, twice: bool = False
+    ) -> Ended:
         """One launch of the run, and how its ranks ended by themselves. group: the signal goes to all of them."""
         log = self._log()
         children = {}
@@ -110,7 +113,7 @@ class Trainings:
                 code = 99
                 try:
                     if blow is not None and (rank == blow.rank or group):
-                        arm(blow)
+                        arm(blow, twice=twice)
                     code = self._be(name, rank, ranks, sets, log)
                 except BaseException:
                     (log / f"{rank}.txt").write_text(traceback.format_exc())
@@ -157,17 +160,14 @@ class Trainings:
         return self.runs().left(name)
 
     def head(self, name: str) -> int:
-        return reader.head_step(self.directory / name / "checkpoints") or 0
-
-    def steps(self, name: str) -> list[int]:
-        """Steps that the run's ledger has."""
-        rows = read_rows(self.directory / "metrics" / name, names=["train/loss"])
-        return [row.step for row in rows]
+        """The step that HEAD names; 0 for a run without one."""
+        checkpoints = self.directory / name / "checkpoints"
+        return (reader.head_step(checkpoints) or 0) if checkpoints.exists() else 0
 
     def draw(self, random: random.Random, name: str, ranks: int, total: int, number: int) -> Blow:
         """A blow that falls, more likely than not, before the run's end."""
         kind = random.choice(("seconds", "seconds", "mark", "call"))
-        left = max(1 - self.head(name) / total if (self.directory / name).exists() else 1.0, 0.15)
+        left = max(1 - self.head(name) / total, 0.15)
         after = random.uniform(0.02, 0.9) * left * getattr(self.size, kind)
         rank = random.randrange(ranks)
         if kind == "call" and rank:
@@ -175,16 +175,17 @@ class Trainings:
         return Blow(rank, number, kind, after if kind == "seconds" else max(1, round(after)))
 
 
-def arm(blow: Blow) -> None:
-    """Makes the blow fall on this process."""
+def arm(blow: Blow, *, twice: bool = False) -> None:
+    """Makes the blow fall on this process; twice: another follows, a little later."""
     if blow.kind == "seconds":
-        _after_processor_time(blow.number, blow.after)
+        for after in (blow.after, blow.after * 1.05)[: 1 + twice]:
+            _after_processor_time(blow.number, after)
         return
     left = [blow.after]
 
     def count() -> None:
         left[0] -= 1
-        if left[0] == 0:
+        if left[0] == 0 or (twice and left[0] == -1):
             os.kill(os.getpid(), blow.number)
 
     {"mark": _count_marks, "call": _count_calls}[blow.kind](count)
