@@ -235,6 +235,8 @@ class Attempt:
         tokens = self.plan.tokens_per_step
         ended_by = self._asked_to_stop()
         is_last = self.state.step >= self.last_step or ended_by is not None
+        if not is_last:
+            self.writer.require_room(self.graph.kept())
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
         with prefetch:
             while not is_last:
