@@ -160,6 +160,7 @@ def main() -> None:
         parser.error("name a CONFIG or --parameters")
     try:
         if a.config is None:
+            platform.require("cpu", threads=1)
             row = {"parameters": a.parameters, **measure(state_of(a.parameters), a.repeats, a.threads, a.directory)}
         else:
             plan = with_data(resolve(a.config, a.sets))

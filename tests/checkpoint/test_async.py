@@ -3,10 +3,12 @@
 import threading
 
 import pytest
+import torch
 
 from nmoe import slices
 from nmoe.checkpoint import disk, writer
 from nmoe.checkpoint import format as layout
+from nmoe.checkpoint.objects import require_finite
 from nmoe.checkpoint.verify import read_manifest, verify
 from nmoe.errors import RunError
 from nmoe.rdep.control import Control
@@ -73,3 +75,14 @@ def test_there_has_to_be_room_for_two_checkpoints_before_the_first_step(director
         free = 2**40
         if count == 2:
             tool.save(directory, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1234, 4098])
+def test_one_value_that_is_not_finite_is_found(dtype, value, place):
+    values = torch.linspace(-3, 3, 4099).to(dtype)
+    require_finite("w", 0, values)
+    values[place] = value
+    with pytest.raises(RunError, match=f"N0317.*`w` is not finite: {value} at element {10 + place}"):
+        require_finite("w", 10, values)
