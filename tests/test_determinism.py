@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmoe import platform
 from nmoe.checkpoint.reader import require_head
 from nmoe.metrics.reader import read_rows
 from nmoe.plan.resolve import resolve
@@ -64,16 +65,31 @@ def here(tmp_path_factory):
     return of(directory), before, after
 
 
-@pytest.mark.parametrize(
-    "program", [["-m", "nmoe", "train", str(TINY), "--set"], ["-c", PERTURBED]], ids=["plain", "perturbed"]
-)
-def test_fresh_processes_give_the_same_bits(tmp_path, here, program):
-    """Also with another order of hashes, another number of OpenMP threads, and generators that have been used."""
-    mine = sets(tmp_path)
-    words = [word for item in mine for word in ("--set", item)][1:] if program[-1] == "--set" else mine
-    variables = {**os.environ, "PYTHONHASHSEED": str(len(program)), "OMP_NUM_THREADS": "2"}
+PLAIN = ["-m", "nmoe", "train", str(TINY), "--set"]
+OFTEN = ("output.checkpoint_every=1", "output.metrics_every=1", "output.progress_every=1", "output.prefetch=16")
+SELDOM = ("output.checkpoint_every=3", "output.prefetch=0", "eval.bpb.sequences=1", "output.keep_checkpoints=1")
+PROCESSES = {
+    "plain": (PLAIN, (), {}),
+    "generators used": (["-c", PERTURBED], (), {}),
+    "order of hashes": (PLAIN, (), {"PYTHONHASHSEED": "1"}),
+    "saves and looks often": (PLAIN, OFTEN, {"PYTHONHASHSEED": "2"}),
+    "saves and looks seldom": (PLAIN, SELDOM, {"PYTHONHASHSEED": "3"}),
+    "threads": (PLAIN, (), {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "OMP_PROC_BIND": "true"}),
+    "time and language": (PLAIN, (), {"TZ": "Asia/Kathmandu", "LC_ALL": "C", "LANG": "tr_TR.UTF-8", "COLUMNS": "33"}),
+    "memory": (PLAIN, (), {"MALLOC_PERTURB_": "165", "MALLOC_ARENA_MAX": "1", "PYTHONMALLOC": "malloc"}),
+}
+"""Eight processes: what each runs, its own keys, its own variables."""
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_fresh_processes_give_the_same_bits(tmp_path, here, name):
+    """Each in a directory of its own, with another order of hashes."""
+    program, keys, variables = PROCESSES[name]
+    mine = [*sets(tmp_path), *keys]
+    words = [word for item in mine for word in ("--set", item)][1:] if program is PLAIN else mine
+    variables = {**os.environ, "PYTHONHASHSEED": "random", **variables}
     command = [sys.executable, *program, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     assert of(tmp_path) == here[0]
 
@@ -83,6 +99,27 @@ def test_training_draws_from_no_global_generator(here):
     assert after[0] == before[0]
     assert after[1] == before[1]
     assert torch.equal(after[2], before[2])
+
+
+@pytest.mark.parametrize("mode", ["off", "with memory that nobody has written filled"])
+def test_torch_s_mode_is_a_guard_and_changes_no_bit(here, tmp_path, monkeypatch, mode):
+    """Every operation of the step repeats by itself; and with the mode's NaN in each new tensor it is the same step."""
+    require = platform.require
+
+    def changed(*given):
+        found = require(*given)
+        torch.use_deterministic_algorithms(mode != "off")
+        torch.utils.deterministic.fill_uninitialized_memory = mode != "off"
+        return found
+
+    monkeypatch.setattr(platform, "require", changed)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        train(resolve(TINY, sets(tmp_path)), config_text="")
+    finally:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    assert of(tmp_path) == here[0]
 
 
 def test_torch_refuses_what_cannot_be_repeated(here):

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,6 +116,13 @@ def _each(futures: Iterable[Future[T]], alive: Callable[[], None]) -> Iterator[T
 
 def require_finite(name: str, start: int, values: torch.Tensor) -> None:
     """RunError N0317 if one of a tensor's elements from `start` on is not finite."""
+    if not values.is_floating_point():
+        return
+    if values.element_size() > 1:
+        # In one pass, NaN wins both ends; torch.isfinite takes ten times as long, longer than SHA-256.
+        least, largest = torch.aminmax(values)
+        if math.isfinite(least) and math.isfinite(largest):
+            return
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         place = int((~finite).nonzero()[0])

@@ -160,6 +160,17 @@ class CheckpointWriter:
         )
         self._thread.start()
 
+    def require_room(self, tensors: Mapping[str, Part]) -> None:
+        """RunError N0308, on all ranks, unless two checkpoints of `tensors` fit on the file system: one that stands and
+        the one being written. A checkpoint that HEAD names has its room already.
+        """
+        count = 2 if self._head.manifest is None else 1
+        spans = {name: Span.of(name, part) for name, part in tensors.items()}
+        ranks = self._control.together(
+            "the room for checkpoints", lambda: {"room": _room(spans, tensors), "free": self._free()}
+        )
+        self._require_free(ranks, count)
+
     def _check(self, step: int, tensors: Mapping[str, Part], state: Mapping[str, Any]) -> Spans:
         if step <= self._head.step:
             raise fail(
@@ -259,10 +270,14 @@ class CheckpointWriter:
                 help="it has not been saved, HEAD stands as it was: all ranks must run the same plan on the same code",
                 notes=notes[1:],
             )  # fmt: skip
-        need, free = SPARE_BYTES + sum(one["room"] for one in ranks), min(one["free"] for one in ranks)
+        self._require_free(ranks, 1)
+
+    def _require_free(self, ranks: list[dict[str, Any]], count: int) -> None:
+        need, free = SPARE_BYTES + count * sum(one["room"] for one in ranks), min(one["free"] for one in ranks)
         if free < need:
+            what = "a checkpoint needs" if count == 1 else "two checkpoints, the least that a run has, need"
             raise fail(
-                "N0308", f"a checkpoint needs {need / 1e6:,.1f} MB and the file system has {free / 1e6:,.1f} MB free",
+                "N0308", f"{what} {need / 1e6:,.1f} MB and the file system has {free / 1e6:,.1f} MB free",
                 place=str(self.directory), help="free space, or lower `keep_checkpoints` in [output]",
             )  # fmt: skip
 

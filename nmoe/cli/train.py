@@ -26,13 +26,19 @@ def command(config: str, sets: tuple[str, ...], new_lineage: bool) -> None:
       nmoe train configs/quickstart.toml
       nmoe train configs/quickstart.toml --set output.run_dir='"runs/second"' --set random.seed=1
     """
-    from nmoe.plan.resolve import resolve
+    from nmoe import platform
+    from nmoe.train.signals import StopRequest
 
-    plan = resolve(config, sets)
+    # Before anything that takes time, torch's import above all: a rank that a signal ended by itself would be missed.
+    with StopRequest(at_once=platform.process().world_size == 1) as stop:
+        from nmoe.plan.resolve import resolve
 
-    from nmoe.train.loop import train
+        plan = resolve(config, sets)
 
-    outcome = train(plan, config_text=Path(config).read_text(encoding="utf-8"), new_lineage=new_lineage)
-    if outcome.summary:
-        click.echo(outcome.summary)
-    raise SystemExit(outcome.exit_code)
+        from nmoe.train.loop import train
+
+        text = Path(config).read_text(encoding="utf-8")
+        outcome = train(plan, config_text=text, new_lineage=new_lineage, stop=stop)
+        if outcome.summary:
+            click.echo(outcome.summary)
+        raise SystemExit(outcome.exit_code)

@@ -266,6 +266,8 @@ class Attempt:
         device = platform.device_facts(config.platform.target).get("name")
         peak = peak_flops(device, config.model.dtype)
         at_peak = None if peak is None else self.plan.flops_per_token * tokens / (peak * self.control.ranks)
+        if not is_last:
+            self.writer.require_room(self.graph.kept())
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
         with prefetch:
             while not is_last:

@@ -38,13 +38,15 @@ def _no_observer(step: int, phase: str) -> None:
 
 
 def train(
-    plan: Plan, *, config_text: str, new_lineage: bool = False, observe: Observer = _no_observer
+    plan: Plan, *, config_text: str, new_lineage: bool = False, observe: Observer = _no_observer,
+    stop: StopRequest | None = None,
 ) -> Outcome:
     """Start, continue, or report as complete the run that `plan` describes; every rank of a launch calls it.
 
     config_text: the config as its author wrote it, kept in the run directory for people.
     new_lineage: go on although the environment is no longer the checkpoint's, openly, as a new line.
     observe(step, phase) is called as each phase of a step begins; the gate kills from there.
+    stop: the caller's, if it watches signals already.
     Raises ConfigError if the plan does not run, RunError for everything that stops it later.
     """
     process = platform.process()
@@ -54,7 +56,8 @@ def train(
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     with ExitStack() as stack:
         stack.enter_context(_named(process))
-        stop = stack.enter_context(StopRequest(at_once=process.world_size == 1))
+        if stop is None:
+            stop = stack.enter_context(StopRequest(at_once=process.world_size == 1))
         launch = stack.enter_context(launched(plan, process))
         run = _open(plan, config_text, launch, stack)
         if run.is_complete(plan.total_steps):

@@ -142,7 +142,8 @@ def under_torchrun(ground: Ground, drill: Drill, *sets: str) -> tuple[int, float
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", "-m",
                "tests.train.rank", drill.fault, str(drill.who), str(TINY), *keys]  # fmt: skip
     started = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # In a group of its own, as a terminal's: Ctrl-C is for it alone.
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, start_new_session=True)
     return done.returncode, time.monotonic() - started, done.stdout + done.stderr
 
 

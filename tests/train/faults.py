@@ -32,6 +32,8 @@ def act(how: str) -> None:
     if how.startswith("SIG"):
         for one in how.split("+"):
             os.kill(os.getpid(), getattr(signal, one))
+    elif how == "Ctrl-C":
+        os.killpg(os.getpgid(os.getppid()), signal.SIGINT)
     elif how == "raise":
         raise OnFire("the rank is on fire")
     elif how == "memory":

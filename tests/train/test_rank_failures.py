@@ -11,7 +11,8 @@ from nmoe.data.prepare import Request, prepare
 from nmoe.data.tokenizer import BytesTokenizer
 from nmoe.train import run_lock
 from nmoe.train.run_dir import events
-from tests.train.drills import DRILLS, LATE, SHORT_WAIT, Ground, faults_of
+from tests.train.drills import DRILLS, LATE, SHORT_WAIT, Drill, Ground, faults_of, under_torchrun
+from tests.train.faults import STEP
 from tests.train.launches import FOUR
 
 SAMPLE = (
@@ -40,6 +41,8 @@ def test_all_end_and_name_the_first_cause(ground, name):
 
 
 SIGNALS = (
+    ("SIGINT@start", 1, 4),
+    ("SIGUSR1@opening", 3, 4),
     ("SIGTERM+SIGINT@building", 2, 4),
     ("SIGUSR1@meeting", 0, 4),
     ("SIGTERM@batch", 1, 5),
@@ -79,6 +82,29 @@ def test_a_signal_before_the_first_step_of_a_run(launches):
     assert launch.codes == [130, 130]
     assert "stopped by SIGTERM before the first step; run again to continue" in launch.said[0]
     assert reader.head_step(launches.path("run") / "checkpoints") == 0
+
+
+def test_a_signal_while_the_last_save_is_waited_for_changes_nothing(launches):
+    """The run had come to its end: the save is whole, and the status says so."""
+    launch = launches.train("run", 2, *FOUR, "output.stop_after_step=1", who=1, fault="SIGTERM+SIGINT@objects")
+    assert launch.codes == [0, 0], launch.said
+    assert reader.head_step(launches.path("run") / "checkpoints") == 1
+    assert launches.finished("run", 2, *FOUR, "output.stop_after_step=2") == launches.finished(
+        "straight", 1, *FOUR, "output.stop_after_step=2"
+    )
+
+
+def test_ctrl_c_under_torchrun_saves_on_all_ranks(ground):
+    """As a terminal sends it: to the launcher and whoever is in its group. The launcher asks the ranks once more."""
+    drill = Drill("Ctrl-C@forward", 1, "")
+    code, _, output = under_torchrun(ground, drill)
+    run = f"{drill.name}, torchrun"
+    assert code
+    assert f"stopped by SIGINT after step {STEP} of 20, saved; run again to continue" in output
+    assert "Traceback" not in output.partition("torch/distributed")[0]
+    assert not ground.launches.errors(f"{run}/run")
+    assert reader.head_step(ground.launches.path(run) / "run" / "checkpoints") == STEP
+    assert ground.go_on(run) == ground.digest
 
 
 def test_a_mistake_of_one_rank_at_the_start_is_told_by_all(launches, tmp_path):
