@@ -67,6 +67,8 @@ def train(
         attempt = Attempt(plan, run, launch, stop, observe)
         try:
             end = attempt.run(new_lineage=new_lineage)
+        except KeyboardInterrupt:  # asked to stop before its first step: no failure
+            raise
         except BaseException as error:
             failure.record(
                 run.path, error, rank=launch.control.rank, ranks=launch.control.ranks,

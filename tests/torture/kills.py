@@ -15,8 +15,8 @@ from pathlib import Path
 from nmoe.data import corpus
 from nmoe.data.prepare import Request, prepare
 from nmoe.data.tokenizer import BytesTokenizer
-from tests.torture.campaign import Batch, Tally
 from tests.torture.blows import Trainings, apart
+from tests.torture.campaign import Batch, Tally
 from tests.train.launches import CONFIGS, DENSE, FOUR, FP32, SIX, TINY, first_difference
 
 TITLE = "kill points x configs x ranks / bitwise identical"

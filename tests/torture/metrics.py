@@ -13,9 +13,9 @@ from pathlib import Path
 
 from nmoe.metrics import ledger
 from nmoe.metrics.reader import read_rows
+from tests.torture.blows import Trainings, apart
 from tests.torture.campaign import Batch, Tally
 from tests.torture.kills import SHORT_WAIT
-from tests.torture.blows import Trainings, apart
 from tests.train.launches import FOUR, first_difference
 
 TITLE = "kills mid-run / torn, double or lost steps of metrics"

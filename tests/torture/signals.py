@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from nmoe.train.signals import WATCHED
-from tests.torture.campaign import Batch, Tally
 from tests.torture.blows import Trainings
+from tests.torture.campaign import Batch, Tally
 from tests.train.launches import FOUR, SIX, SOFTMAX, first_difference
 
 TITLE = "signals at any instant to one rank, twice, or to all / not obeyed, not exact"
