@@ -27,7 +27,7 @@ from nmoe.optim.replicas import Replicas
 from nmoe.optim.rounding import Rounding
 from nmoe.optim.wsd import Wsd
 from nmoe.part import Part
-from nmoe.plan.cost import memory_of
+from nmoe.plan.memory import memory_of
 from nmoe.plan.plan import Plan
 from nmoe.plan.ranks import is_expert, shares_of
 from nmoe.plan.rdep import between_gpus, most_tokens

@@ -49,17 +49,19 @@ class MoE(torch.nn.Module):
             self.router.load_E += places.pairs_E
         arena = self.transport.arena
         if recompute or (arena is not None and arena.alone):
-            return again(self.routed, x_TD, h_TD, weights_TK, places)
-        return self.routed(x_TD, h_TD, weights_TK, places)
+            once = [h_TD]  # h is added and no more: it need not be kept for the second time, whose sum nobody reads
+            return again(lambda *inputs: self.routed(once.pop() if once else None, *inputs), x_TD, weights_TK, places)
+        return self.routed(h_TD, x_TD, weights_TK, places)
 
-    def routed(self, x_TD: Tensor, h_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
-        """What follows the routing: the chosen experts, the shared ones, and the sum.
+    def routed(self, h_TD: Tensor | None, x_TD: Tensor, weights_TK: Tensor, places: Places) -> Tensor:
+        """What follows the routing: the chosen experts, the shared ones, and the sum; without h if there is none.
 
         A GPU adds all of it where it adds the experts' rows, in float32.
         """
         if x_TD.device.type == "cpu":
             y_TD = self.experts(x_TD, weights_TK, places, self.transport)
-            return h_TD + (y_TD if self.shared is None else y_TD + self.shared(x_TD))
+            y_TD = y_TD if self.shared is None else y_TD + self.shared(x_TD)
+            return y_TD if h_TD is None else h_TD + y_TD
         if self.shared is None or self.transport.ranks == 1:
             shared_TD = None if self.shared is None else self.shared(x_TD)
             return self.experts(x_TD, weights_TK, places, self.transport, Bases(h_TD, shared_TD))

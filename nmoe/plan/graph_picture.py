@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 
 from nmoe.errors import ConfigError, Diagnostic
-from nmoe.plan.cost import size
+from nmoe.plan.memory import size
 from nmoe.plan.plan import Plan
 from nmoe.plan.render import ascii_text, human
 from nmoe.registry.attention import Attention, Gqa, Mla

@@ -9,9 +9,9 @@ from typing import Any
 
 import attrs
 
-from nmoe.plan.cost import Memory
 from nmoe.plan.families import StockClass
 from nmoe.plan.groups import GroupRow
+from nmoe.plan.memory import Memory
 from nmoe.plan.ranks import Balance, Traffic
 from nmoe.registry.config import Config
 

@@ -13,7 +13,7 @@ from nmoe.graph import build, transport_sizes
 from nmoe.kernels import launch
 from nmoe.model import attention, loss
 from nmoe.optim import muon, norm, rounding
-from nmoe.plan import cost, rdep
+from nmoe.plan import memory, rdep
 from nmoe.plan.resolve import resolve, resolve_text
 from nmoe.rdep.local import LocalTransport
 from nmoe.registry import attention as specs
@@ -156,16 +156,16 @@ def test_a_hopper_layer_keeps_what_was_measured(tokens, experts, top_k, width, g
 
 
 def test_sizes_of_pieces_are_those_at_work():
-    assert (cost.LOSS_CHUNK_TOKENS, cost.LOSS_CHUNK_BYTES) == (loss.CHUNK_TOKENS, launch.LOSS_BYTES)
+    assert (memory.LOSS_CHUNK_TOKENS, memory.LOSS_CHUNK_BYTES) == (loss.CHUNK_TOKENS, launch.LOSS_BYTES)
     for vocab_size in (2, 257, 8192, 50304, 201088, 2**24):
-        assert cost.gpu_loss_chunk(vocab_size) == launch.loss_chunk(vocab_size)
-    assert cost.ROUNDING_BLOCK == rounding.BLOCK
-    assert cost.MUON_PIECE == muon.PIECE
-    assert cost.NORM_VALUES == norm.ROWS_AT_ONCE
+        assert memory.gpu_loss_chunk(vocab_size) == launch.loss_chunk(vocab_size)
+    assert memory.ROUNDING_BLOCK == rounding.BLOCK
+    assert memory.MUON_PIECE == muon.PIECE
+    assert memory.NORM_VALUES == norm.ROWS_AT_ONCE
     assert moe.CPU_CHUNK_ROWS == grouped.CHUNK_ROWS
     assert (specs.CPU_QUERIES, specs.CPU_HEADS) == (attention.BLOCK, attention.GROUP)
     size, count = platform.CUBLAS_WORKSPACE.removeprefix(":").split(":")
-    assert int(size) * int(count) * 1024 == cost.CUBLAS_WORKSPACE
+    assert int(size) * int(count) * 1024 == memory.CUBLAS_WORKSPACE
 
 
 def test_the_peak_is_a_moment_of_the_step():
@@ -176,9 +176,9 @@ def test_the_peak_is_a_moment_of_the_step():
     assert large.memory["none"].moment == "backward of layer 0, ffn"
     assert long.memory["none"].moment in ("loss, forward", "backward of layer 1, ffn", "backward of layer 1, attention")
     for plan in (large, long):
-        for memory in plan.memory.values():
-            assert memory.at_peak["total"] == sum(v for k, v in memory.at_peak.items() if k != "total")
-            assert all(memory.at_peak[kind] <= size for kind, size in memory.whole.items())
+        for one in plan.memory.values():
+            assert one.at_peak["total"] == sum(v for k, v in one.at_peak.items() if k != "total")
+            assert all(one.at_peak[kind] <= size for kind, size in one.whole.items())
 
 
 def test_live_counts_each_storage_while_it_lives():
