@@ -135,7 +135,7 @@ def test_a_full_disk_stops_the_run_and_says_where(tmp_path, capfd, monkeypatch):
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         assert nmoe(in_directory(tmp_path / "run", "output.stop_after_step=2")) == 1
         error = capfd.readouterr().err
-    assert "error[N0308]: a checkpoint needs " in error
+    assert "error[N0308]: two checkpoints, the least that a run has, need " in error
     assert "the file system has 1.0 MB free" in error
     assert "keep_checkpoints" in error
     assert nmoe(in_directory(tmp_path / "run", "output.stop_after_step=2")) == 0
