@@ -23,7 +23,7 @@ def test_the_config_resolves_and_runs() -> None:
 
 def test_every_command_it_names_exists_and_explains_itself(capsys) -> None:
     named = set(re.findall(r"\bnmoe ([a-z]+)\b(?=[ `])", "\n".join(blocks("") + re.findall(r"`(nmoe [^`]*)`", README))))
-    known = {"build", "train", "gate", "verify", "export", "data", "bench"}
+    known = {"compare", "build", "train", "gate", "verify", "export", "data", "bench"}
     assert known <= named
     for name in sorted(named & known):
         assert main.run([name, "--help"]) == 0

@@ -12,11 +12,12 @@ from nmoe.checkpoint.format import manifest_path, object_path
 from nmoe.data.loader import Loader
 from nmoe.errors import RunError
 from nmoe.metrics.sink import Sink
+from nmoe.model import microbatch
 from nmoe.plan.resolve import resolve
 from nmoe.report import compare as report
 from nmoe.report.run import read_run
 from nmoe.report.tensors import by_cause
-from nmoe.train import attempt, step
+from nmoe.train import attempt
 from nmoe.train.run_dir import RunDir
 from tests.train.launches import FOUR, TINY
 
@@ -97,9 +98,9 @@ def test_a_routers_choice(with_fault):
 
 def test_the_loss(with_fault, monkeypatch):
     """By its last bit, and nothing before it."""
-    loss, faulty = step.linear_cross_entropy, []
+    loss, faulty = microbatch.linear_cross_entropy, []
     monkeypatch.setattr(
-        step, "linear_cross_entropy", lambda *given, **more: loss(*given, **more) * (1 + 2**-20 * bool(faulty))
+        microbatch, "linear_cross_entropy", lambda *given, **more: loss(*given, **more) * (1 + 2**-20 * bool(faulty))
     )
     found = with_fault("forward", lambda graph: faulty.append(True))
     assert parted(found) == (AT, "loss", "train/loss", None)

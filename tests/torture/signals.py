@@ -51,7 +51,7 @@ def _ask(name: str, ranks: int, signals: int, directory: Path) -> Tally:
                 lost.append(said)
             elif not at_once and f"after step {runs.head(run)} of" not in ended.said[0] and runs.head(run):
                 lost.append(f"HEAD names step {runs.head(run)}: {said}")
-            if (runs.runs().errors(run) and not at_once) or runs.head(run) < past:
+            if runs.runs().errors(run) or runs.head(run) < past:
                 lost.append(f"an error is left, or HEAD has gone back from {past}: {said}")
         ended = runs.attempt(run, draws.choice((1, ranks)))
         if any(ended.codes):

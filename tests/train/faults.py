@@ -81,7 +81,7 @@ def arm(fault: str) -> None:
         build = attempt.build
         attempt.build = lambda *given: graphs.append(build(*given)) or graphs[0]
     if where == "meeting":
-        _before(launch, "Node", how)
+        _before(launch, "_together", how)
     elif where == "opening":
         _before(loop, "_open", how)
     elif where == "building":
