@@ -94,7 +94,7 @@ def _be(batch: Batch, directory: Path) -> None:
     try:
         os.setpgid(0, 0)
         # What a test runner has put in their place would not follow where a batch sends its descriptors 1 and 2.
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         signal.alarm(BATCH_S)
         own = directory / "work"
         own.mkdir()
