@@ -262,9 +262,8 @@ class Attempt:
             device_type=self.graph.device.type, observe=self.observe,
         )  # fmt: skip
         marks: Marks | None = None
-        config = self.plan.config
-        device = platform.device_facts(config.platform.target).get("name")
-        peak = peak_flops(device, config.model.dtype)
+        device = platform.device_facts(self.plan.config.platform.target).get("name")
+        peak = peak_flops(device, self.plan.config.model.dtype)
         at_peak = None if peak is None else self.plan.flops_per_token * tokens / (peak * self.control.ranks)
         if not is_last:
             self.writer.require_room(self.graph.kept())

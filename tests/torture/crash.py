@@ -42,7 +42,7 @@ SCENES = {
 
 def batches(sample: bool) -> list[Batch]:
     if sample:
-        return [Batch(name, partial(_batch, scene, 0, SAMPLE)) for name, scene in list(SCENES.items())[1:]]
+        return [Batch(name, partial(_batch, scene, 0, SAMPLE)) for name, scene in list(SCENES.items())[1:3]]
     return [
         Batch(f"{name}, {part + 1}/{PARTS}", partial(_batch, scene, part, PARTS))
         for part in range(PARTS)

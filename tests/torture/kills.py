@@ -23,7 +23,7 @@ TITLE = "kill points x configs x ranks / bitwise identical"
 STEPS = 10
 KILLS = 15
 SHORT_WAIT = "output.rank_timeout=15"  # a rank killed before they have met is waited for; torchrun would tell
-SAMPLE = {"tiny: bf16 states, muon for matrices and experts, sigmoid": 2, "a mixture of three sources in two stages": 1}
+SAMPLE = {"tiny: bf16 states, muon for matrices and experts, sigmoid": 2}
 
 MIXTURE = "a mixture of three sources in two stages"
 MORE = {
