@@ -40,7 +40,7 @@ def recorders(monkeypatch):
     ids=["every part", "recomputed", "one microbatch", "softmax"],
 )
 def test_replayed_microbatches_train_the_same_bits(runs, recorders, sets, capsys):
-    """Straight on, and killed in the middle and continued: state, losses and all else that the ledger has."""
+    """Straight on, and stopped in the middle and continued: state, losses and all else that the ledger has."""
     runs.train("python", *SETS, *sets, "output.cuda_graph=false", "output.stop_after_step=8")
     assert recorders == []
     runs.train("replayed", *SETS, *sets, "output.stop_after_step=8")
