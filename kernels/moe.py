@@ -121,9 +121,9 @@ def experts_backward(
 
 def moe_forward(
     x_TD: Tensor, layout: Rows, weight_TK: Tensor, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
-    table: Table | None = None,
+    table: Table | None = None, base_TD: Tensor | None = None, more_TD: Tensor | None = None,
 ) -> tuple[Tensor, Saved]:  # fmt: skip
-    """The layer's output (T, D) in bf16 and what backward needs.
+    """The layer's output (T, D) in bf16, with the two others of `combine` added, and what backward needs.
 
     x_TD, w_gate_up_E2FD, w_down_EDF: bf16; weight_TK: float32; all contiguous. layout: of the T K pairs.
     Raises N0710 for another dtype or layout, N0711 for D or F not a multiple of 8.
@@ -131,7 +131,7 @@ def moe_forward(
     require(x_TD, weight_TK, w_gate_up_E2FD, w_down_EDF)
     kept = fresh_rows(layout, w_down_EDF)
     y_RD = experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, kept, table)
-    return combine(y_RD, layout.row_TK, weight_TK), Saved(kept.h_2AF, weight_TK, layout)
+    return combine(y_RD, layout.row_TK, weight_TK, base_TD, more_TD), Saved(kept.h_2AF, weight_TK, layout)
 
 
 def moe_backward(

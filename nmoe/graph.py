@@ -14,11 +14,10 @@ from nmoe import platform
 from nmoe.data.loader import Loader
 from nmoe.errors import fail
 from nmoe.experts.grouped import Apart, GroupedExperts
-from nmoe.model.block import Block
 from nmoe.model.init import initialize
 from nmoe.model.microbatch import Microbatch, Recorder
 from nmoe.model.router import Router
-from nmoe.model.transformer import Transformer
+from nmoe.model.transformer import Transformer, routers_of
 from nmoe.optim import reduction
 from nmoe.optim.gradient_norms import GradientNorms
 from nmoe.optim.groups import DTYPES, Optimizer
@@ -92,14 +91,6 @@ class TrainingGraph:
         """Recompute what follows from the state: the weights from their masters."""
         self.optimizer.refresh()
         self.ranks.share()
-
-
-def routers_of(model: Transformer) -> Iterator[tuple[int, Router]]:
-    """(layer, router) of every MoE layer, first layer first."""
-    for index, block in enumerate(model.layers):
-        assert isinstance(block, Block)
-        if block.moe is not None:
-            yield index, block.moe.router
 
 
 def biases_of(model: Transformer) -> dict[str, torch.Tensor]:

@@ -1,37 +1,32 @@
-"""What saving costs a training: how long the steps are held up, and what hashing adds to the writing.
+"""`nmoe bench checkpoint`: what saving costs a training: how long the steps are held up, and what hashing adds.
 
-`python -m nmoe.bench.checkpoint [CONFIG] [--parameters P] [--repeats N] [--threads J] [--directory D] [--json]` saves
-the whole state of CONFIG, after three steps of it, with the writer of a run; or, with --parameters, a state of P
-parameters that no model has: for each a bf16 master and two bf16 moments, in tensors of 2048 columns, on the CPU.
+With the writer of a run the whole state of CONFIG is saved, after three steps of it; or, with --parameters, a state of
+P parameters that no model has: for each a bf16 master and two bf16 moments, in tensors of 2048 columns, on the CPU.
 
-    step          seconds of a training step, the mean of N; for CONFIG alone
-    held          seconds for which `save` holds the steps up: the copy, and whatever else it does
-    save          seconds from there until HEAD names the checkpoint, all in threads beside the training
-    stored        seconds of the objects alone: each value looked at, SHA-256, file, fsync, rename, fsync of directories
-    unhashed      the same bytes in as many files by as many threads, with the same fsyncs and renames, and nothing else
-    unnamed       unhashed, and each value looked at for being finite
-    hashing       stored / unnamed - 1: what the hashes add
+    held       ours             for which `save` holds the steps up: the copy, and whatever else it does
+               a training step  the mean of several; for CONFIG alone
+    save       ours             from there until HEAD names the checkpoint, all in threads beside the training
+    objects    ours             each value looked at, SHA-256, file, fsync, rename, fsync of directories
+               unhashed         the same bytes in as many files by as many threads, each value looked at, with the same
+                                fsyncs and renames: ours / unhashed - 1 is what the hashes add
+               only written     the same without a look at the values
 
-Each is the median of N, taken in turn. The directory has to lie on the disk that is to be measured, and gets room for
-three states; what is written into it is removed.
+Each is the median of several, taken in turn. The directory has to lie on the disk that is to be measured, and gets room
+for three states; what is written into it is removed.
 """
 
-import argparse
-import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from nmoe import platform
-from nmoe.bench.memory import with_data
+from nmoe.bench.rows import Row
 from nmoe.bench.step import take
 from nmoe.checkpoint import disk
 from nmoe.checkpoint import format as layout
@@ -39,10 +34,9 @@ from nmoe.checkpoint.manifest import Identity
 from nmoe.checkpoint.objects import require_finite, store
 from nmoe.checkpoint.parts import Span
 from nmoe.checkpoint.writer import CheckpointWriter
-from nmoe.errors import NmoeError
 from nmoe.graph import build
 from nmoe.part import Part
-from nmoe.plan.resolve import resolve
+from nmoe.plan.plan import Plan
 from nmoe.rdep.control import Control
 from nmoe.slices import boundaries
 from nmoe.train.loop import require_runnable
@@ -93,30 +87,34 @@ def unhashed(directory: Path, parts: Mapping[str, Part], *, threads: int, looked
     disk.sync_directory(objects)
 
 
-def measure(parts: Mapping[str, Part], repeats: int, threads: int, below: Path | None) -> dict[str, Any]:
-    """All but `step`; `parts` are the state, on any device."""
-    times: dict[str, list[float]] = {name: [] for name in ("held", "save", "stored", "unhashed", "unnamed")}
+HELD, SAVE, OBJECTS = ("held", "ours"), ("save", "ours"), ("objects", "ours")
+UNHASHED, WRITTEN = ("objects", "unhashed"), ("objects", "only written")
+
+
+def measure(
+    parts: Mapping[str, Part], repeats: int, threads: int, below: Path | None
+) -> dict[tuple[str, str], float]:
+    """Seconds by part and who; `parts` are the state, on any device."""
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in (HELD, SAVE, OBJECTS, UNHASHED, WRITTEN)}
     with tempfile.TemporaryDirectory(dir=below, prefix="nmoe-bench-") as name:
         for held, saved in saves(Path(name) / "run", parts, repeats, threads):
-            times["held"].append(held)
-            times["save"].append(saved)
+            times[HELD].append(held)
+            times[SAVE].append(saved)
         shutil.rmtree(Path(name) / "run")
         copied = {name: Part(part.tensor.detach().cpu(), part.start, part.shape) for name, part in parts.items()}
-        ways: dict[str, Callable[[Path], object]] = {
-            "stored": lambda where: store(where, copied, threads=threads),
-            "unhashed": lambda where: unhashed(where, copied, threads=threads, looked_at=False),
-            "unnamed": lambda where: unhashed(where, copied, threads=threads, looked_at=True),
+        ways: dict[tuple[str, str], Callable[[Path], object]] = {
+            OBJECTS: lambda where: store(where, copied, threads=threads),
+            UNHASHED: lambda where: unhashed(where, copied, threads=threads, looked_at=True),
+            WRITTEN: lambda where: unhashed(where, copied, threads=threads, looked_at=False),
         }
         for _ in range(repeats):
             for way, act in ways.items():
-                where = Path(name) / way
+                where = Path(name) / "objects"
                 for directory in (layout.temporary_directory(where), layout.objects_directory(where)):
                     directory.mkdir(parents=True)
                 times[way].append(timed(lambda act=act, where=where: act(where)))  # type: ignore[misc]
                 shutil.rmtree(where)
-    row: dict[str, Any] = {key: statistics.median(values) for key, values in times.items()}
-    size = sum(part.tensor.numel() * part.tensor.element_size() for part in copied.values())
-    return {"bytes": size, "threads": threads, **row, "hashing": row["stored"] / row["unnamed"] - 1}
+    return {key: statistics.median(values) for key, values in times.items()}
 
 
 def saves(directory: Path, parts: Mapping[str, Part], repeats: int, threads: int) -> list[tuple[float, float]]:
@@ -146,38 +144,27 @@ def timed(act: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", nargs="?", metavar="CONFIG")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="sets")
-    parser.add_argument("--parameters", type=int, metavar="P")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N")
-    parser.add_argument("--threads", type=int, default=4, metavar="J", help="that write; a run has 4")
-    parser.add_argument("--directory", type=Path, metavar="D", help="on the disk to measure; absent: the temporary one")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    a = parser.parse_args()
-    if (a.config is None) == (a.parameters is None):
-        parser.error("name a CONFIG or --parameters")
-    try:
-        if a.config is None:
-            platform.require("cpu", threads=1)
-            row = {"parameters": a.parameters, **measure(state_of(a.parameters), a.repeats, a.threads, a.directory)}
-        else:
-            plan = with_data(resolve(a.config, a.sets))
-            require_runnable(plan)
-            platform.require(plan.config.platform.target, plan.config.platform.threads)
-            graph = build(plan, None)
-            take(graph, plan, range(1, 4), text=False)
-            step = take(graph, plan, range(4, 4 + a.repeats), text=False) / a.repeats
-            row = {"config": plan.name, "step": step, **measure(graph.kept(), a.repeats, a.threads, a.directory)}
-    except NmoeError as error:
-        sys.exit(str(error))
-    if a.json:
-        print(json.dumps(row))
+def rows(
+    plan: Plan | None, *, parameters: int, steps: int, repeats: int, threads: int, directory: Path | None
+) -> Iterator[Row]:
+    """See the module; parameters: where there is no plan. Raises what a training of the plan would."""
+    times: dict[tuple[str, str], float] = {}
+    if plan is None:
+        platform.require("cpu", threads=1)
+        case, parts = f"{parameters:,} parameters", state_of(parameters)
     else:
-        print(", ".join(f"{key} {value:,.4g}" if isinstance(value, float) else f"{key} {value}"
-                        for key, value in row.items()))  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
+        require_runnable(plan)
+        platform.require(plan.config.platform.target, plan.config.platform.threads)
+        graph = build(plan)
+        case, parts = plan.name, graph.kept()
+        take(graph, plan, range(1, 4), text=False)
+        times["held", "a training step"] = take(graph, plan, range(4, 4 + steps), text=False) / steps
+    size = sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
+    times = {**measure(parts, repeats, threads, directory), **times}
+    hashing = times[OBJECTS] / times[UNHASHED] - 1
+    for (part, who), seconds in sorted(times.items(), key=lambda item: ("held", "save", "objects").index(item[0][0])):
+        yield Row(
+            work="checkpoint", case=f"{case}, {size:,} bytes by {threads} threads", part=part, who=who,
+            milliseconds=1e3 * seconds, rate=None if who == "a training step" else size / seconds / 1e9, unit="GB/s",
+            note=f"hashing adds {hashing:.0%}" if (part, who) == OBJECTS else "",
+        )  # fmt: skip

@@ -225,6 +225,33 @@ def loader(config: str, sets: tuple[str, ...], repeats: int) -> Iterator[Row]:
     yield from loader.rows(plan, repeats=repeats)
 
 
+@command.command("checkpoint", epilog=EPILOG)
+@config_optional
+@click.option("--parameters", type=click.IntRange(min=1), metavar="P", help="Instead of CONFIG: a state of so many.")
+@click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps of CONFIG to time.")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Saves of each kind.")
+@click.option("--threads", type=click.IntRange(min=1), default=4, show_default=True, help="That write; a run has 4.")
+@click.option("--directory", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="D",
+              help="On the disk that is to be measured, not on the temporary one.")  # fmt: skip
+@sets_option
+@shown
+def checkpoint(
+    config: str | None, sets: tuple[str, ...], parameters: int | None, steps: int, repeats: int, threads: int,
+    directory: Path | None,
+) -> Iterator[Row]:  # fmt: skip
+    """What a save of CONFIG's state holds up, how long it takes, and what hashing adds to it."""
+    if (config is None) == (parameters is None):
+        raise click.UsageError("name either CONFIG or --parameters")
+    plan = if_given(config, sets)
+    from nmoe.bench import checkpoint
+    from nmoe.bench.memory import with_data
+
+    yield from checkpoint.rows(
+        None if plan is None else with_data(plan), parameters=parameters or 0, steps=steps, repeats=repeats,
+        threads=threads, directory=directory,
+    )  # fmt: skip
+
+
 @command.command("memory", epilog=EPILOG)
 @config_argument
 @sets_option

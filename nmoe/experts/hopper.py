@@ -25,8 +25,8 @@ from nmoe.kernels.moe import (
     experts_backward,
     experts_forward,
     fresh_gradients,
-    fresh_rows,
     moe_backward,
+    moe_forward,
     require,
 )
 from nmoe.rdep.transport import AnyTransport
@@ -59,11 +59,10 @@ class HopperSwiglu(torch.autograd.Function):
         ctx.matrices = w_gate_up_L2FD, w_down_LDF
         ctx.places, ctx.transport, ctx.apart = places, transport, apart
         if isinstance(places, Layout):
-            require(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF)
-            kept = fresh_rows(places, w_down_LDF)
-            y_RD = experts_forward(x_TD, places, w_gate_up_L2FD, w_down_LDF, kept)
-            ctx.save_for_backward(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF, kept.h_2AF)
-            return combine(y_RD, places.row_TK, weights_TK, first_TD, second_TD)
+            matrices = w_gate_up_L2FD, w_down_LDF
+            y_TD, saved = moe_forward(x_TD, places, weights_TK, *matrices, base_TD=first_TD, more_TD=second_TD)
+            ctx.save_for_backward(x_TD, weights_TK, *matrices, saved.h_2RF)
+            return y_TD
         require(x_TD, weights_TK, w_gate_up_L2FD, w_down_LDF)
         several = cast("CudaTransport", transport)
         received = several.dispatch(x_TD, weights_TK, places)

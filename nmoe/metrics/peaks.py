@@ -16,6 +16,7 @@ PEAKS: dict[tuple[str, str], float] = {
 }
 
 
-def peak_flops(device: str | None, dtype: str) -> float | None:
-    """FLOPs a second of a device by torch's name, for products of [model] dtype; None where no peak is named."""
-    return None if device is None else PEAKS.get((device, dtype))
+def seconds_at_peak(flops: float, device: str | None, dtype: str) -> float | None:
+    """What so many FLOPs take a device, by torch's name, in products of [model] dtype; None where no peak is named."""
+    peak = None if device is None else PEAKS.get((device, dtype))
+    return None if peak is None else flops / peak

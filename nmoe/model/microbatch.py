@@ -16,7 +16,7 @@ Everything else stays where it is: inputs are copied into tensors of their own; 
 are written in place; phases between GPUs are counted by the device; gradients are shown to the other ranks within.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from nmoe.model.balance import Balance
-from nmoe.model.block import Block
 from nmoe.model.loss import chunk_of, linear_cross_entropy
-from nmoe.model.transformer import Transformer
+from nmoe.model.transformer import Transformer, routers_of
 
 if TYPE_CHECKING:
     from nmoe.optim.reduction import Alone, Reduction
@@ -157,7 +156,7 @@ class Microbatch:
     def _record(self, recorder: Recorder, inputs: list[Tensor]) -> Recording:
         """The next recording: the first begins the gradients, the second continues those that the first has made."""
         loss, replay = recorder.record(lambda: self._work(inputs, lambda phase: None))
-        balances = [block.moe.router.balance for block in blocks(self.model) if block.moe is not None]
+        balances = [router.balance for _, router in routers_of(self.model)]
         return Recording(
             replay=replay,
             loss=loss,
@@ -169,10 +168,3 @@ class Microbatch:
 def put(kept: Tensor, given: Tensor) -> None:
     """The device copies from pinned memory when its turn comes, and the host goes on."""
     kept.copy_(given if kept.device.type == "cpu" else given.pin_memory(), non_blocking=True)
-
-
-def blocks(model: Transformer) -> Sequence[Block]:
-    """The model's layers."""
-    found = list(model.layers)
-    assert all(isinstance(block, Block) for block in found)
-    return found  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """The transformer: embedding, blocks, final norm. The head's weight belongs to the loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from nmoe.model.attention import document_starts
 from nmoe.model.block import Block
 from nmoe.model.linear import Embedding, Head
 from nmoe.model.norm import RmsNorm
+from nmoe.model.router import Router
 
 
 class Transformer(torch.nn.Module):
@@ -52,3 +53,11 @@ class Transformer(torch.nn.Module):
             x_BSD = layer(x_BSD, first_BS)
         h_BSD: Tensor = self.norm(x_BSD)
         return h_BSD.flatten(0, 1)
+
+
+def routers_of(model: Transformer) -> Iterator[tuple[int, Router]]:
+    """(layer, router) of every MoE layer, first layer first."""
+    for index, block in enumerate(model.layers):
+        assert isinstance(block, Block)
+        if block.moe is not None:
+            yield index, block.moe.router

@@ -29,7 +29,7 @@ from nmoe.errors import ConfigError, Diagnostic, NmoeError, RunError, fail
 from nmoe.eval import bpb
 from nmoe.graph import build
 from nmoe.metrics import router_collapse, router_health
-from nmoe.metrics.peaks import peak_flops
+from nmoe.metrics.peaks import seconds_at_peak
 from nmoe.metrics.sink import Sink
 from nmoe.metrics.throughput import Throughput
 from nmoe.plan.plan import Plan
@@ -263,8 +263,8 @@ class Attempt:
         )  # fmt: skip
         marks: Marks | None = None
         device = platform.device_facts(self.plan.config.platform.target).get("name")
-        peak = peak_flops(device, self.plan.config.model.dtype)
-        at_peak = None if peak is None else self.plan.flops_per_token * tokens / (peak * self.control.ranks)
+        flops = self.plan.flops_per_token * tokens / self.control.ranks
+        at_peak = seconds_at_peak(flops, device, self.plan.config.model.dtype)
         if not is_last:
             self.writer.require_room(self.graph.kept())
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
@@ -320,8 +320,7 @@ class Attempt:
 
     def _say_what_was_recorded(self) -> None:
         """Once, after the step in which it was."""
-        recorded = self.graph.microbatch.news()
-        if recorded is not None:
+        if (recorded := self.graph.microbatch.news()) is not None:
             self.progress.say(recorded)
 
     def _asked_to_stop(self) -> str | None:

@@ -109,7 +109,6 @@ def _clear(run: RunDir | FollowedRun, launch: Launch, *, keep: int) -> None:
 
     As at a start: only after all that HEAD stands for has been verified.
     """
-
     if launch.control.first("looking for what a kill has left", lambda: left_over(run.checkpoints, keep=keep)):
         open_head(run.checkpoints, launch.control)
         CheckpointWriter(run.checkpoints, keep=keep, control=launch.control)

@@ -34,6 +34,8 @@ SUBJECTS = {
     "optimizer": [TINY, "--repeats", "1"],
     "step": [DEEPSEEK, "--steps", "1"],
     "loader": [TINY, "--repeats", "1"],
+    "checkpoint": [TINY, "--repeats", "1", "--steps", "1"],
+    "checkpoint of no model": ["--parameters", "5000", "--repeats", "1"],
     "memory": [TINY],
 }
 

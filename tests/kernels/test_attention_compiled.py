@@ -1,16 +1,12 @@
 """The attention kernels compile for Hopper anywhere: products stay in flight, accumulators in registers."""
 
-import json
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.kernels.findings import findings
 
-ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton")
 
 # Addresses that the three roles share are kept in memory across a block of work; an accumulator is 32 or more
 # registers, so its loss would show as 128 bytes and more.
@@ -19,15 +15,7 @@ SPILLED = 96
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 def test_products_stay_in_flight_and_accumulators_in_registers() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled_attention"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = findings("compiled_attention")
     kernels = ("forward_kernel", "queries_kernel", "keys_kernel")
     assert set(found) == {f"{case} {kernel}" for case in ("mla", "window") for kernel in kernels}
     for name, kernel in found.items():

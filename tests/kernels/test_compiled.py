@@ -1,25 +1,17 @@
 """The Gluon products compile for Hopper on any machine, use its matrix instructions and spill nothing."""
 
-import json
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.kernels.findings import findings
 
-ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 def test_products_use_wgmma_fit_shared_memory_and_spill_nothing() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled"], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = findings("compiled")
     rows, weights = {"up", "dgate", "dgate deep"}, {"dw_up", "dw_up of segments", "dw_up apart"}
     assert set(found) == weights | rows | {f"{name} in an arena" for name in rows}
     for product in found.values():

@@ -1,16 +1,12 @@
 """The kernels of the rest of the step compile for Hopper and Blackwell anywhere, without atomics, in registers."""
 
-import json
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.kernels.findings import findings
 
-ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton")
 
 # Bytes of stack. A row of the loss takes all registers of a multiprocessor; on Blackwell four of them do not fit.
 STACK = {90: 0, 100: 16}
@@ -22,15 +18,7 @@ NARROW = ("sum_kernel", "blocks_kernel", "verdict_kernel", "rows_kernel 1")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 @pytest.mark.parametrize("capability", [90, 100])
 def test_kernels_hold_their_promises(capability: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled_fused", str(capability)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = findings("compiled_fused", str(capability))
     kernels = {name.split()[-2] for name in found}
     assert kernels == {
         "forward_kernel", "backward_kernel", "sum_kernel", "rope_kernel", "keys_kernel", "keys_backward_kernel",

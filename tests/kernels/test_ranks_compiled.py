@@ -1,16 +1,12 @@
 """The kernels between ranks compile for Hopper and Blackwell anywhere: no atomics but the signals', in registers."""
 
-import json
 import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+from tests.kernels.findings import findings
 
-ROOT = Path(__file__).resolve().parents[2]
+pytest.importorskip("triton")
 
 WIDE = ("dispatch_kernel", "keep_kernel", "give_back_kernel", "gather_kernel")  # rows of 2 D bytes
 
@@ -18,15 +14,7 @@ WIDE = ("dispatch_kernel", "keep_kernel", "give_back_kernel", "gather_kernel")  
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton's assembler is an x86-64 program")
 @pytest.mark.parametrize("capability", [90, 100])
 def test_kernels_hold_their_promises(capability: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiled_ranks", str(capability)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = findings("compiled_ranks", str(capability))
     kernels = {name.split()[1] for name in found} - {"wgrad_kernel"}
     assert kernels == {*WIDE, "count_kernel", "sent_kernel", "scan_kernel", "shape_kernel", "rank_place_kernel",
                        "meet_kernel"}  # fmt: skip

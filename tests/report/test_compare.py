@@ -16,7 +16,6 @@ from nmoe.model import microbatch
 from nmoe.plan.resolve import resolve
 from nmoe.report import compare as report
 from nmoe.report.run import read_run
-from nmoe.report.tensors import by_cause
 from nmoe.train import attempt
 from nmoe.train.run_dir import RunDir
 from tests.train.launches import FOUR, TINY
@@ -398,14 +397,3 @@ def test_steps_in_words_are_those_steps(steps):
         first, _, last = part.partition(" to ")
         named |= set(range(int(first), int(last or first) + 1))
     assert named == steps
-
-
-def test_tensors_stand_in_the_order_in_which_a_step_makes_them():
-    names = [
-        "router.bias/layers.10", "master/norm.weight_D", "master/layers.10.a", "adamw.exp_avg/layers.2.a",
-        "master/layers.2.a", "master/embedding.weight_VD", "router.bias/layers.2", "muon.momentum/layers.10.a",
-    ]  # fmt: skip
-    assert by_cause(names) == [
-        "master/embedding.weight_VD", "adamw.exp_avg/layers.2.a", "master/layers.2.a", "muon.momentum/layers.10.a",
-        "master/layers.10.a", "master/norm.weight_D", "router.bias/layers.2", "router.bias/layers.10",
-    ]  # fmt: skip

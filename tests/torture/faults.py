@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import attrs
@@ -17,12 +16,11 @@ import attrs
 from tests.torture import trainings
 from tests.torture.calls import Call
 from tests.torture.campaign import Batch, Tally
-from tests.torture.crash import SCENES, Scene, calls_of, cut_while_saving, of_few, only_fsync
+from tests.torture.scenes import SCENES, Scene, batches_of, begun, calls_of, of_few, only_fsync, sample_of
 from tests.torture.tracer import Do
 from tests.torture.trainings import Straight
 
 TITLE = "faults: ENOSPC, EIO, EDQUOT, EROFS, short writes, EINTR at each system call, once or for good / not survived"
-PARTS = 8
 SAMPLE = 260
 ERRORS = {
     "open": ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EMFILE"),
@@ -58,22 +56,13 @@ class Fault:
 
 
 def batches(sample: bool) -> list[Batch]:
-    if sample:
-        return [Batch(name, partial(_batch, scene, 0, SAMPLE)) for name, scene in list(SCENES.items())[1:3]]
-    return [
-        Batch(f"{name}, {part + 1}/{PARTS}", partial(_batch, scene, part, PARTS))
-        for part in range(PARTS)
-        for name, scene in SCENES.items()
-    ]
+    names = list(SCENES)
+    return sample_of(_batch, names[1:3], SAMPLE) if sample else batches_of(_batch, names)
 
 
-def _batch(scene: Scene, part: int, parts: int, directory: Path) -> Tally:
-    straight = trainings.begin(directory)
-    start = directory / "start"
-    if scene.cut:
-        cut_while_saving(start)
-    else:
-        start.mkdir()
+def _batch(name: str, part: int, parts: int, directory: Path) -> Tally:
+    scene = SCENES[name]
+    straight, start = begun(scene, directory)
     mine = faults_of(scene, calls_of(scene, start, directory / "recorded", made=True))[part::parts]
     lost = []
     for fault in mine:

@@ -26,12 +26,11 @@ from nmoe.train import events
 from tests.torture import lossy, trainings
 from tests.torture.calls import Call
 from tests.torture.campaign import Batch, Tally
-from tests.torture.crash import cut_while_saving, only_fsync
 from tests.torture.lossy import Disk, Tree
+from tests.torture.scenes import PARTS, SCENES, batches_of, begun, only_fsync, sample_of
 from tests.torture.trainings import Straight
 
 TITLE = "power-loss states: after each system call what fsync promised, and any part of the rest / lost or another end"
-PARTS = 8
 SAMPLE = 150
 OTHERS = 160
 """After a kill, every state with as little as the disk may keep, and every so manieth of the others."""
@@ -39,19 +38,8 @@ TOLD = "told"
 """A file beside the run, to which the ranks write what they take for saved; it is no part of the disk that is cut."""
 
 
-@attrs.frozen(kw_only=True)
-class Scene:
-    """ranks: how many train. cut: begun by an attempt that was killed as it saved."""
-
-    ranks: int
-    cut: bool = False
-
-
-SCENES = {
-    "one rank": Scene(ranks=1),
-    "one rank, a killed attempt before": Scene(ranks=1, cut=True),
-    "two ranks": Scene(ranks=2),
-}
+WHOLE = list(SCENES)[:3]
+"""Of two ranks all are recorded, whose calls are tried."""
 KILLS = "a kill, and then the power"
 ONE_KEPT = ("output.keep_checkpoints=1",)
 """So that a HEAD which is not certain yet would take the only checkpoint that is with it."""
@@ -89,25 +77,17 @@ class State:
 
 def batches(sample: bool) -> list[Batch]:
     if sample:
-        return [Batch(name, partial(_batch, scene, 0, SAMPLE)) for name, scene in list(SCENES.items())[:2]]
-    found = [
-        Batch(f"{name}, {part + 1}/{PARTS}", partial(_batch, scene, part, PARTS))
-        for part in range(PARTS)
-        for name, scene in SCENES.items()
-    ]
+        return sample_of(_batch, WHOLE[:2], SAMPLE)
+    found = batches_of(_batch, WHOLE)
     return found + [Batch(f"{KILLS}, {part + 1}/{PARTS}", partial(_after_kills, part)) for part in range(PARTS)]
 
 
-def _batch(scene: Scene, part: int, parts: int, directory: Path) -> Tally:
-    straight = trainings.begin(directory)
-    start = directory / "start"
-    if scene.cut:
-        cut_while_saving(start)
-    else:
-        start.mkdir()
+def _batch(name: str, part: int, parts: int, directory: Path) -> Tally:
+    scene = SCENES[name]
+    straight, start = begun(scene, directory)
     before = lossy.read(start)
     calls = record(start, scene.ranks)
-    found = list(states(Disk(before), calls, Saved(), f"{scene}"))
+    found = list(states(Disk(before), calls, Saved(), name))
     return tried(found[part::parts], scene.ranks, straight, directory)
 
 

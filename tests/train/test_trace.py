@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from nmoe.metrics.peaks import PEAKS, peak_flops
+from nmoe.metrics.peaks import PEAKS, seconds_at_peak
 from nmoe.metrics.reader import read_rows
 from nmoe.train.marks import PARTS, Marks
 from nmoe.train.trace import Tracer
@@ -91,9 +91,10 @@ def test_parts_are_what_lies_between_their_events(monkeypatch):
 
 
 def test_an_unknown_device_has_no_peak():
-    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") is None
-    assert peak_flops("NVIDIA H200", "fp32") is None
-    assert peak_flops(None, "bf16") is None
+    assert seconds_at_peak(1e12, "NVIDIA A100-SXM4-80GB", "bf16") is None
+    assert seconds_at_peak(1e12, "NVIDIA H200", "fp32") is None
+    assert seconds_at_peak(1e12, None, "bf16") is None
+    assert seconds_at_peak(989.4e12, "NVIDIA H200", "bf16") == 1.0
 
 
 def test_peaks_are_what_the_clocks_and_the_tensor_cores_give():
