@@ -15,10 +15,15 @@ write the same bytes, and nothing is added: no atomics. What another rank reads 
 Everything is a copy but the float32 sum of `parts`, which has the order of `combine.sum_dots`. So the bits are those
 of one rank, and the order in which programs run changes nothing.
 
+Give back goes through the owner's rows as they lie, so that it reads them in one run, none of its threads has a row of
+another owner, and the rows' places are fetched beside the rows. A program takes tile after tile: how many programs
+there are is free (launch.py), and few, with many warps, leave the other multiprocessors to what runs beside.
+
 Floor (D values of 2 bytes, T tokens, u of them to each owner): dispatch sends (N - 1) u D 2 bytes and
 (N - 1) u (8 K + 4) of lists, give back T K D 2 (N - 1) / N. Prediction at 360 GB/s each way, T 32768, D 2048, top-8 of
 128 on two ranks: 0.39 ms and 1.5 ms; keep 0.1 ms at 3 TB/s. Measured with their phase: dispatch 0.381 ms, 351 GB/s of
-unique rows (peer copy 392), keep 0.105, give back 1.474 ms, 364 GB/s (2026-11-25, two H100).
+unique rows (peer copy 392), keep 0.105; give back, when it went token by token, 1.474 ms, 364 GB/s (2026-11-25, two
+H100).
 """
 
 from typing import NamedTuple
@@ -28,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nmoe.kernels.launch import EXCHANGE_LAUNCH
+from nmoe.kernels.launch import EXCHANGE_LAUNCH, RETURN_LAUNCH, ReturnLaunch
 from nmoe.kernels.layout import OwnerLayout
 from nmoe.kernels.layout_ranks import Places, most_rows
 
@@ -144,35 +149,38 @@ def keep_kernel(rows_ptr, list_row_ptr, list_weight_ptr, list_token_ptr, source_
 
 
 @triton.jit
-def give_back_kernel(y_ptr, row_ptr, token_ptr, source_ptr, slots_ptr, part_ptr, sums_ptr, rows, parts, D, pieces, rank,
-                     DOTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_T: tl.constexpr,
+def give_back_kernel(y_ptr, pair_ptr, token_ptr, source_ptr, end_ptr, slots_ptr, part_ptr, sums_ptr, rows, parts, D,
+                     pieces, DOTS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BLOCK_R: tl.constexpr,
                      BLOCK_D: tl.constexpr):  # fmt: skip
-    s = (rank + 1 + tl.program_id(0)) % N
-    piece = tl.program_id(0) // N % pieces
-    i = tl.program_id(0) // (N * pieces) * BLOCK_T + tl.arange(0, BLOCK_T)
-    d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
-    u = tl.load(source_ptr + s) + i
-    real = u < tl.load(source_ptr + s + 1)
-    t = tl.load(token_ptr + u, mask=real, other=0)
-    slots = at_rank(slots_ptr, s, y_ptr.dtype.element_ty)
-    sums = at_rank(sums_ptr, s, tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(row_ptr + u * K + k, mask=real, other=-1)
-        here = row >= 0
-        mask = here[:, None] & (d < D)[None, :]
-        y = tl.load(y_ptr + row.to(tl.int64)[:, None] * D + d[None, :], mask=mask)
-        tl.store(slots + (t * K + k).to(tl.int64)[:, None] * D + d[None, :], y, mask=mask)
+    end = tl.load(end_ptr)
+    received = tl.load(source_ptr + N)
+    for item in range(tl.program_id(0), tl.cdiv(end, BLOCK_R) * pieces, tl.num_programs(0)):
+        piece = item % pieces
+        r = item // pieces * BLOCK_R + tl.arange(0, BLOCK_R)
+        d = piece * BLOCK_D + tl.arange(0, BLOCK_D)
+        within = (d < D)[None, :]
+        y = tl.load(y_ptr + r.to(tl.int64)[:, None] * D + d[None, :], mask=(r < end)[:, None] & within)
+        pair = tl.load(pair_ptr + r, mask=r < end, other=0)
+        u = pair // K
+        real = (r < end) & (u < received)
+        s = tl.zeros_like(u)
+        for source in tl.static_range(1, N):
+            s += (u >= tl.load(source_ptr + source)).to(tl.int32)
+        slot = tl.load(token_ptr + u, mask=real, other=0) * K + pair % K
+        slots = tl.load(slots_ptr + s[:, None]).to(tl.pointer_type(y_ptr.dtype.element_ty))
+        at = slot.to(tl.int64)[:, None] * D + d[None, :]
+        tl.store(tl.multiple_of(slots, [16, 16]) + at, y, mask=real[:, None] & within)
         if DOTS:  # noqa: SIM102
             if piece == 0:
-                total = tl.zeros([BLOCK_T], tl.float32)
+                total = tl.zeros([BLOCK_R], tl.float32)
                 for n in range(parts):
-                    total += tl.load(part_ptr + n * rows + row, mask=here, other=0.0)
-                tl.store(sums + t * K + k, total, mask=here)
+                    total += tl.load(part_ptr + n * rows + r, mask=real, other=0.0)
+                tl.store(tl.load(sums_ptr + s).to(tl.pointer_type(tl.float32)) + slot, total, mask=real)
 
 
-def _pieces(width: int) -> tuple[int, int]:
-    """How many columns a program takes, and how many programs a row."""
-    block = min(triton.next_power_of_2(width), EXCHANGE_LAUNCH.columns)
+def _pieces(width: int, columns: int) -> tuple[int, int]:
+    """How many columns a program takes at a time, and how many pieces a row has."""
+    block = min(triton.next_power_of_2(width), columns)
     return block, triton.cdiv(width, block)
 
 
@@ -188,7 +196,7 @@ def dispatch(
     tokens, width = x_TD.shape
     top_k, ranks = places.row_TK.shape[1], places.place_TN.shape[1]
     p = EXCHANGE_LAUNCH
-    block, pieces = _pieces(width)
+    block, pieces = _pieces(width, p.columns)
     dispatch_kernel[(triton.cdiv(tokens, p.rows) * pieces,)](
         x_TD, places.place_TN, rows_N, own_UD, places.expert_TK, places.row_TK, weight_TK, *(lists or (None,) * 3),
         tokens, width, pieces, len(places.offsets_L1) - 1, rank, lists is not None, ranks, top_k,
@@ -221,7 +229,7 @@ def keep(
     layout = received_layout(places, token_R, pair_R, torch.empty_like(row_UK))
     received = Received(x_UD, torch.empty_like(weight_UK), torch.empty_like(token_U), layout)
     p = EXCHANGE_LAUNCH
-    block, pieces = _pieces(width)
+    block, pieces = _pieces(width, p.columns)
     keep_kernel[(triton.cdiv(most // ranks, p.rows) * pieces * ranks,)](
         rows_UD, row_UK, weight_UK, token_U, places.source_N1, x_UD, layout.row_TK, received.weight_UK,
         received.token_U, token_R, layout.pair_R, width, pieces, rank, ranks, top_k, triton.next_power_of_2(top_k),
@@ -231,21 +239,18 @@ def keep(
 
 
 def give_back(
-    y_RD: Tensor, received: Received, slots_N: Tensor, rank: int, part_NR: Tensor | None = None,
-    sums_N: Tensor | None = None,
+    y_RD: Tensor, received: Received, slots_N: Tensor, part_NR: Tensor | None = None, sums_N: Tensor | None = None,
+    launch: ReturnLaunch = RETURN_LAUNCH,
 ) -> None:  # fmt: skip
     """Each pair's row of y_RD into slot t * K + k of its source; part_NR float32, summed, to the same place of sums_N.
 
     slots_N, sums_N: tables of the ranks' slots (T * K, D) of y's dtype, and (T * K) float32.
     """
-    most, top_k = received.layout.row_TK.shape
-    source_N1 = received.layout.source_N1
-    ranks, width = len(source_N1) - 1, y_RD.shape[1]
-    p = EXCHANGE_LAUNCH
-    block, pieces = _pieces(width)
+    layout, width, top_k = received.layout, y_RD.shape[1], received.layout.row_TK.shape[1]
+    block, pieces = _pieces(width, launch.columns)
     parts, rows = (0, 0) if part_NR is None else part_NR.shape
-    give_back_kernel[(triton.cdiv(most // ranks, p.rows) * pieces * ranks,)](
-        y_RD, received.layout.row_TK, received.token_U, source_N1, slots_N, part_NR,
-        slots_N if sums_N is None else sums_N, rows, parts, width, pieces, rank, part_NR is not None, ranks, top_k,
-        p.rows, block, num_warps=p.warps,
+    give_back_kernel[(min(launch.blocks, triton.cdiv(len(y_RD), launch.rows) * pieces),)](
+        y_RD, layout.pair_R, received.token_U, layout.source_N1, layout.offsets_E1[-1:], slots_N, part_NR,
+        slots_N if sums_N is None else sums_N, rows, parts, width, pieces, part_NR is not None,
+        len(layout.source_N1) - 1, top_k, launch.rows, block, num_warps=launch.warps,
     )  # fmt: skip

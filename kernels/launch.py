@@ -119,6 +119,22 @@ EXCHANGE_LAUNCH = PieceLaunch(4, 512, 4)
 """Two 16-byte loads a thread in flight; twelve other shapes were within 2% (NOTES.md)."""
 
 
+class ReturnLaunch(NamedTuple):
+    """At most `blocks` programs, each taking tiles of `columns` of `rows` neighbouring rows, one after the other."""
+
+    blocks: int
+    rows: int
+    columns: int
+    warps: int
+
+
+RETURN_LAUNCH = ReturnLaunch(2112, 8, 256, 4)
+"""By itself: 16 blocks on each multiprocessor, two 16-byte loads a thread in flight."""
+
+RETURN_BESIDE_LAUNCH = ReturnLaunch(24, 128, 256, 32)
+"""Beside a weight gradient, which is given the other multiprocessors: a block fills one, with four loads a thread."""
+
+
 ROUTER_EXPERTS, ROUTER_CHOSEN = 256, 16
 """Most experts, and most of them for a token, that the router's kernel holds in registers."""
 

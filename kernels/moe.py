@@ -8,6 +8,8 @@ so that the experts' outputs are not kept.
     forward:  UP gathers x, writes h and a; DOWN; sum over k
     backward: rows of dout; DGATE (dh, weighted a, <d, a>); dW_down; rows of x; dW_gate_up; DX; sum over k
 
+Between ranks DX comes before the rows of x, so that its rows are on their way while dW_gate_up is computed.
+
 Kept for backward: 2 * T K F bf16 and the routing (0.75 GiB for T 32768, F 768, K 8). The largest
 temporary is one (T K, D) bf16 buffer of rows beside dh.
 
@@ -96,27 +98,38 @@ def experts_forward(
     return down_product(a_RF, w_down_EDF, layout, table["down"])
 
 
-def experts_backward(
-    dout_TD: Tensor, x_TD: Tensor, weight_TK: Tensor, kept: Kept, w_gate_up_E2FD: Tensor, w_down_EDF: Tensor,
-    layout: Rows, grads: tuple[Tensor, Tensor], continues: bool, table: Table | None = None,
+def down_backward(
+    dout_TD: Tensor, weight_TK: Tensor, kept: Kept, w_down_EDF: Tensor, layout: Rows, grad_EDF: Tensor,
+    continues: bool, table: Table | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Each pair's gradient of x, dx_RD in bf16, and <dout W_down, a> in parts, float32 (N, R).
+    """The pre-activations' gradient dh_2RF in bf16, and <dout W_down, a> in parts, float32 (N, R). And dW_down.
 
-    dout_TD: unweighted. kept: where forward has put the pre-activations. grads, continues: as
-    `nmoe.kernels.products.weight_gradient`, for both matrices.
+    dout_TD: unweighted; read by nothing that comes later. kept: where forward has put the pre-activations. grad_EDF,
+    continues: as `nmoe.kernels.products.weight_gradient`.
     """
-    table = table or launches(x_TD.shape[1])
+    table = table or launches(dout_TD.shape[1])
     weight_R = weight_TK.view(-1).index_select(0, layout.pair_R)
     dout_RD = None if table["dgate"].gather and table["dw_down"].gather else gather_rows(dout_TD, layout)
     dout = dout_TD if dout_RD is None or table["dgate"].gather else dout_RD
     dh_2RF, aw_RF, dot_NR = dgate_product(dout, w_down_EDF, kept, weight_R, layout, table["dgate"])
     dout = dout_TD if dout_RD is None or table["dw_down"].gather else dout_RD
-    weight_gradient(dout, aw_RF[None], layout, grads[1], continues, True, table["dw_down"])
-    del aw_RF, dout, dout_RD
+    weight_gradient(dout, aw_RF[None], layout, grad_EDF, continues, True, table["dw_down"])
+    return dh_2RF, dot_NR
+
+
+def gate_up_gradient(
+    x_TD: Tensor, dh_2RF: Tensor, layout: Rows, grad_E2FD: Tensor, continues: bool, table: Table | None = None,
+    spared: int = 0,
+) -> None:  # fmt: skip
+    """dW_gate and dW_up, of `down_backward`'s dh_2RF. grad_E2FD, continues, spared: as `weight_gradient`."""
+    table = table or launches(x_TD.shape[1])
     x = x_TD if table["dw_up"].gather else gather_rows(x_TD, layout)
-    weight_gradient(x, dh_2RF, layout, grads[0], continues, False, table["dw_up"])
-    del x
-    return dx_product(dh_2RF, w_gate_up_E2FD, layout, table["dx"]), dot_NR
+    weight_gradient(x, dh_2RF, layout, grad_E2FD, continues, False, table["dw_up"], spared)
+
+
+def input_gradient(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, table: Table | None = None) -> Tensor:
+    """Each pair's gradient of x, dx_RD in bf16, of `down_backward`'s dh_2RF."""
+    return dx_product(dh_2RF, w_gate_up_E2FD, layout, (table or launches(w_gate_up_E2FD.shape[3]))["dx"])
 
 
 def moe_forward(
@@ -142,13 +155,13 @@ def moe_backward(
     """Gradients of x, of each pair's weight (float32) and of the expert matrices (float32).
 
     router: given the weights' gradient, returns the router's part of x's gradient (T, D), which starts the sum.
-    grads, continues: float32 gradients of the matrices, as `experts_backward`; None for fresh ones.
+    grads, continues: float32 gradients of the matrices, as `weight_gradient`; None for fresh ones.
     """
     layout, written = saved.layout, grads or fresh_gradients(w_gate_up_E2FD, w_down_EDF)
-    dx_RD, dot_NR = experts_backward(
-        dout_TD, x_TD, saved.weight_TK, Kept(saved.h_2RF, None), w_gate_up_E2FD, w_down_EDF, layout, written,
-        continues and grads is not None, table,
-    )  # fmt: skip
+    kept, continues = Kept(saved.h_2RF, None), continues and grads is not None
+    dh_2RF, dot_NR = down_backward(dout_TD, saved.weight_TK, kept, w_down_EDF, layout, written[1], continues, table)
+    gate_up_gradient(x_TD, dh_2RF, layout, written[0], continues, table)
+    dx_RD = input_gradient(dh_2RF, w_gate_up_E2FD, layout, table)
     dweight_TK = sum_dots(dot_NR, layout.row_TK)
     dx_TD = combine(dx_RD, layout.row_TK, None, router(dweight_TK) if router else None)
     return Gradients(dx_TD, dweight_TK, *written)

@@ -123,8 +123,9 @@ def dx_product(dh_2RF: Tensor, w_gate_up_E2FD: Tensor, layout: Rows, p: Launch) 
 
 
 def weight_gradient(
-    tokens: Tensor, rows_PRF: Tensor, layout: Rows, out: Tensor, continues: bool, tokens_first: bool, p: Launch
-) -> None:
+    tokens: Tensor, rows_PRF: Tensor, layout: Rows, out: Tensor, continues: bool, tokens_first: bool, p: Launch,
+    spared: int = 0,
+) -> None:  # fmt: skip
     """out[e] += a product for each of e's segments, in their order; the step's first is stored.
 
     The sum over the segment's rows r, in order, of the outer product of rows[r] and tokens[token(r)].
@@ -134,6 +135,9 @@ def weight_gradient(
 
     With one axis more, (M, ...), out gets each microbatch's gradients by themselves; continues: the step has earlier
     microbatches than these. One without rows for e then has -0; but 0 if it is the step's first.
+
+    spared: how many multiprocessors are left to what runs beside. A tile is one block's from its first row to its last,
+    whichever block that is, so no bit depends on it.
     """
     from nmoe.kernels.wgrad import wgrad_kernel
 
@@ -145,7 +149,7 @@ def weight_gradient(
     g_tiles, r_tiles = _cdiv(D, bg), _cdiv(F, br)
     whole = D % bg == 0 and F % br == 0
     apart = out.dim() > (3 if tokens_first else 4)
-    wgrad_kernel[(_blocks(),)](
+    wgrad_kernel[(_blocks() - spared,)](
         _ragged(tokens, STEP, bg), tokens, layout.token_R, _ragged(rows_PRF, STEP, br), out, segments,
         D // 8, F // 8, R, g_tiles, r_tiles, experts * planes * g_tiles * r_tiles, (len(segments) - 1) // experts,
         planes, tokens_first, p.gather, continues, apart, whole, bg, br, STEP, p.stages, *p.registers, num_warps=4,

@@ -6,7 +6,8 @@ bfloat16 rows and matrices; each microbatch's weight gradients float32, which ba
 or keeps apart, as `GroupedSwiglu` does; it returns no gradient for the matrices.
 
 One rank gathers rows from x and sums its pairs' rows where the products left them; several send and fetch them in
-between. The products and the sums are the same, at the same places, and so are the bits.
+between. The products and the sums are the same, at the same places, and so are the bits. Backward's rows travel while
+dW_gate_up is computed, the largest product that they do not depend on and that needs nothing of the shared memory.
 """
 
 from collections.abc import Callable
@@ -18,13 +19,16 @@ from torch import Tensor
 from nmoe.kernels.arena import Kept
 from nmoe.kernels.combine import combine
 from nmoe.kernels.exchange import Received, received_layout
+from nmoe.kernels.launch import RETURN_BESIDE_LAUNCH
 from nmoe.kernels.layout import Layout
 from nmoe.kernels.layout_ranks import Places
 from nmoe.kernels.moe import (
     Saved,
-    experts_backward,
+    down_backward,
     experts_forward,
     fresh_gradients,
+    gate_up_gradient,
+    input_gradient,
     moe_backward,
     moe_forward,
     require,
@@ -99,10 +103,16 @@ class HopperSwiglu(torch.autograd.Function):
             received = Received(x_UD, weight_UK, token_U, received_layout(places, *index))
             kept = Kept(transport.arena.h_2AF, places.first_row)
             dy_UD = transport.dispatch_gradients(dy_TD, places)
-            dx_RD, dot_NR = experts_backward(
-                dy_UD, x_UD, weight_UK, kept, w_gate_up_L2FD, w_down_LDF, received.layout, grads, continues
-            )
-            rows_PD, slot_TK, d_weights_TK = transport.give_back_gradients(dx_RD, dot_NR, received, places)
+            layout = received.layout
+            # The last that reads dy_UD, which peers may write as soon as the input gradients are there.
+            dh_2RF, dot_NR = down_backward(dy_UD, weight_UK, kept, w_down_LDF, layout, grads[1], continues)
+            dx_RD = input_gradient(dh_2RF, w_gate_up_L2FD, layout)
+            rows_PD, slot_TK, d_weights_TK = transport.give_back_gradients(
+                dx_RD, dot_NR, received, places,
+                beside=lambda: gate_up_gradient(
+                    x_UD, dh_2RF, layout, grads[0], continues, spared=RETURN_BESIDE_LAUNCH.blocks
+                ),
+            )  # fmt: skip
             dx_TD = combine(rows_PD, slot_TK, None)
         if ctx.apart is None:
             gate_up.grad, down.grad = grads

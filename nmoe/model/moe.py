@@ -1,7 +1,5 @@
 """The MoE layer: y = sum over the chosen k of w_k expert_k(x), plus the shared experts' y; added to the stream h."""
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from nmoe.model.mlp import DenseMlp
 from nmoe.model.recompute import again
 from nmoe.model.router import Router
 from nmoe.rdep.layout import Layout
+from nmoe.rdep.side import beside, side_stream
 from nmoe.rdep.transport import AnyTransport, Places
 
 
@@ -66,18 +65,9 @@ class MoE(torch.nn.Module):
             shared_TD = None if self.shared is None else self.shared(x_TD)
             return self.experts(x_TD, weights_TK, places, self.transport, Bases(h_TD, shared_TD))
         # Beside each other: the shared experts' products run while rows are on their way.
-        main, side = torch.cuda.current_stream(x_TD.device), side_stream(x_TD.device)
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
+        with beside(x_TD.device) as join:
             shared_TD = self.shared(x_TD)
         # Backward may drop the last reference to x while the other stream still reads. That to the shared experts'
         # output may be dropped while the main stream reads: whatever the other is given next waits for it first.
-        x_TD.record_stream(side)
-        bases = Bases(h_TD, shared_TD, ready=lambda: main.wait_stream(side))
-        return self.experts(x_TD, weights_TK, places, self.transport, bases)
-
-
-@functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of what runs beside the experts of several ranks; one for all layers."""
-    return torch.cuda.Stream(device)
+        x_TD.record_stream(side_stream(x_TD.device))
+        return self.experts(x_TD, weights_TK, places, self.transport, Bases(h_TD, shared_TD, ready=join))

@@ -13,16 +13,24 @@ everything of the phases before it has been read, because the kernels that read 
 A phase is a kernel that stores, and the node's `meet`. Nothing here waits for the device or depends on how
 many rows came: buffers and grids are for the most there can be, N * T tokens, and counts stay on the device. What
 backward needs is copied out of the shared memory; pre-activations are in the arena, whose rows a layout reserves.
+
+Input gradients are on their way while the caller's stream computes: their phase is the side stream's. It is still one
+list of phases, because the side stream begins after what the other has been given, and the other has no phase until it
+has waited for it.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from nmoe.kernels.exchange import Lists, Received, dispatch, give_back, keep
+from nmoe.kernels.launch import RETURN_BESIDE_LAUNCH
 from nmoe.kernels.layout_ranks import Places, count, place
 from nmoe.rdep.arena import Arena
 from nmoe.rdep.cuda_node import CudaNode
 from nmoe.rdep.memory import Regions, Sizes
+from nmoe.rdep.side import beside as on_the_side
 
 
 def regions(sizes: Sizes) -> Regions:
@@ -78,7 +86,7 @@ class CudaTransport:
 
     def give_back(self, y_RD: Tensor, received: Received, places: Places) -> tuple[Tensor, Tensor]:
         """As `Transport.give_back`; row_TK is int32."""
-        give_back(y_RD, received, self.table["returned_PD"], self.rank)
+        give_back(y_RD, received, self.table["returned_PD"])
         self.meet("outputs", places.layer)
         return self._slots(places)
 
@@ -90,11 +98,20 @@ class CudaTransport:
         return dy_UD
 
     def give_back_gradients(
-        self, dx_RD: Tensor, d_weight_R: Tensor, received: Received, places: Places
+        self, dx_RD: Tensor, d_weight_R: Tensor, received: Received, places: Places, beside: Callable[[], None]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Transport.give_back_gradients`; d_weight_R in parts, float32 (parts, R), which are added in order."""
-        give_back(dx_RD, received, self.table["returned_PD"], self.rank, d_weight_R, self.table["d_weight_P"])
-        self.meet("input gradients", places.layer)
+        """As `Transport.give_back_gradients`; d_weight_R in parts, float32 (parts, R), which are added in order.
+
+        beside: launches what runs meanwhile, and spares RETURN_BESIDE_LAUNCH.blocks multiprocessors. It reads nothing
+        that lies in shared memory, and has no phase.
+        """
+        with on_the_side(self.node.device) as join:  # first, so that its blocks find multiprocessors that are free
+            give_back(
+                dx_RD, received, self.table["returned_PD"], d_weight_R, self.table["d_weight_P"], RETURN_BESIDE_LAUNCH
+            )
+            self.meet("input gradients", places.layer)
+        beside()
+        join()
         rows_PD, slot_TK = self._slots(places)
         d_weights_P = self.mine["d_weight_P"][: slot_TK.numel()]
         return rows_PD, slot_TK, d_weights_P.clone().view(slot_TK.shape)

@@ -12,7 +12,7 @@ import torch
 from nmoe.kernels import signals
 from nmoe.kernels.combine import gather_rows
 from nmoe.kernels.exchange import Lists, Received, dispatch, give_back, keep, received_layout
-from nmoe.kernels.launch import launches
+from nmoe.kernels.launch import RETURN_BESIDE_LAUNCH, launches
 from nmoe.kernels.layout_ranks import count, place
 from nmoe.kernels.products import weight_gradient
 from tests.kernels.pretended import pretend, usage
@@ -31,6 +31,7 @@ def see(function, kernel):
         "barrier_first": 0 <= body.find("bar.sync") < body.find("atom."),
         "loads16": len(re.findall(r"ld\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
         "stores16": len(re.findall(r"st\.global\S*\.(?:v4\.b32|v2\.b64)", ptx)),
+        "barriers": ptx.count("bar.sync"),
         "wgmma": ptx.count("wgmma.mma_async"),
         **usage(kernel),
     }
@@ -54,7 +55,10 @@ def several(ranks: int, tokens: int, width: int, experts: int, top_k: int) -> No
     token_R = torch.zeros_like(kept.layout.token_R)
     received = Received(rows_UD, row_UK.float(), token_U, received_layout(places, token_R, token_R, row_UK))
     y_RD = torch.empty(len(token_R), width, dtype=torch.bfloat16)
-    give_back(y_RD, received, table, 1, torch.empty(6, len(token_R)), table)
+    parts = torch.empty(6, len(token_R))
+    give_back(y_RD, received, table, parts, table, RETURN_BESIDE_LAUNCH)
+    found[f"{case} beside"] = found.pop(f"{case} give_back_kernel")
+    give_back(y_RD, received, table, parts, table)
     gather_rows(rows_UD, received.layout)
     flags = torch.zeros(ranks * signals.FLAG_WORDS, dtype=torch.int64)
     signals.meet(

@@ -23,6 +23,7 @@ from nmoe.kernels.exchange import (
     give_back_reference,
     keep,
 )
+from nmoe.kernels.launch import RETURN_BESIDE_LAUNCH, RETURN_LAUNCH, ReturnLaunch
 from nmoe.kernels.layout import layout_reference
 from nmoe.kernels.layout_ranks import Places, count, place, places_reference
 from nmoe.rdep import layout as cpu
@@ -30,6 +31,8 @@ from nmoe.rdep import layout as cpu
 torch.set_num_threads(1)
 found: dict[str, int] = {}
 HIDDEN = 24
+# The two pinned ones; and few programs, which take many tiles each, with tiles that no size here is a multiple of.
+RETURNS = (RETURN_LAUNCH, RETURN_BESIDE_LAUNCH, ReturnLaunch(3, 16, 16, 4))
 
 
 def same(name: str, got: Tensor, want: Tensor) -> None:
@@ -157,10 +160,21 @@ def layer(kind: str, ranks: int, tokens: list[int], top_k: int, experts: int, se
         part_PR[:, :rows_R] = y_RD[:rows_R, :parts].t()
         y_NRD.append(y_RD)
         part_NPR.append(part_PR)
-        give_back(y_RD, got, table(every, "returned_PD"), rank, part_PR, table(every, "sums_P"))
+    for launch in RETURNS:
+        for one in every:
+            one.returned_PD.fill_(float("nan"))
+            one.sums_P.fill_(float("nan"))
+        for got, y_RD, part_PR in zip(received, y_NRD, part_NPR, strict=True):
+            give_back(y_RD, got, table(every, "returned_PD"), part_PR, table(every, "sums_P"), launch)
+        for rank, one in enumerate(every):
+            pairs = tokens[rank] * top_k
+            if pairs:
+                added_NR = [sum(part_PR, torch.zeros(part_PR.shape[1])) for part_PR in part_NPR]
+                same("slots", one.returned_PD[:pairs], give_back_reference(y_NRD, places[rank], local))
+                same("slots.sums", one.sums_P[:pairs], give_back_reference(added_NR, places[rank], local))
+            same("slots.beyond", one.returned_PD[pairs:].isnan().all(), torch.tensor(True))
     for rank, one in enumerate(every):
         pairs = tokens[rank] * top_k
-        same("slots", one.returned_PD[:pairs], give_back_reference(y_NRD, places[rank], local)) if pairs else None
         alone = layout_reference(expert_NTK[rank], experts)
         expert_R = expert_NTK[rank].reshape(-1)[alone.pair_R.long()]
         y_RD = rowwise(gather_rows(x_NTD[rank], alone), expert_R)

@@ -5,6 +5,7 @@ have no interpreter, are plain torch in float32. Each compares with one rank tha
 JSON object, name -> how many of the compared cases were wrong on either rank.
 """
 
+import contextlib
 import itertools
 import json
 import mmap
@@ -75,43 +76,82 @@ def experts_forward(x_TD, layout, w_gate_up_E2FD, w_down_EDF, kept, table=None):
     return y_RD
 
 
-def experts_backward(dout_TD, x_TD, weight_TK, kept, w_gu, w_down, layout, grads, continues, table=None):
-    """As the kernels': each segment's gradients sums of their own, added to those of the segments before, or apart."""
-    h_2RF = kept_rows(kept, layout)
-    weight_R = weight_TK.view(-1)[layout.pair_R]
-    dx_RD = torch.full((len(layout.token_R), x_TD.shape[1]), float("nan"))
-    dot_NR = torch.full((1, len(dx_RD)), float("nan"))
+def experts_of_rows(layout) -> list[int]:
+    """The expert of each real row."""
+    return torch.repeat_interleave(torch.arange(len(layout.offsets_E1) - 1), layout.offsets_E1.diff().long()).tolist()
+
+
+def weight_gradient(first_RX, second_RY, layout, grad, continues) -> None:
+    """As the kernels': of each segment the sum of its rows' outer products, added to the segments' before, or apart."""
     ends = layout.segments_S1.tolist()
-    microbatches = (len(ends) - 1) // len(w_down)
+    microbatches = (len(ends) - 1) // (len(layout.offsets_E1) - 1)
     for s, (first, end) in enumerate(itertools.pairwise(ends)):
         e, m = divmod(s, microbatches)
-        sums = [torch.zeros(2, WIDTH, HIDDEN), torch.zeros(HIDDEN, WIDTH)]
+        value = torch.zeros(*first_RX.shape[1:], second_RY.shape[1])
         for r in range(first, end):
-            t = layout.token_R[r]
-            h_2F = h_2RF[:, r].clone().requires_grad_()
-            with torch.enable_grad():
-                a_F = torch.nn.functional.silu(h_2F[0]) * h_2F[1]
-            d_F = dout_TD[t] @ w_down[e]
-            dot_NR[0, r] = (d_F * a_F.detach()).sum()
-            (dh_2F,) = torch.autograd.grad(a_F, h_2F, weight_R[r] * d_F)
-            sums[0] = sums[0] + dh_2F[:, :, None] * x_TD[t]
-            sums[1] = sums[1] + dout_TD[t][:, None] * (weight_R[r] * a_F.detach())
-            dx_RD[r] = (dh_2F[:, :, None] * w_gu[e]).sum((0, 1))
+            value = value + first_RX[r][..., None] * second_RY[r]
         changes = first < end or (m == 0 and not continues)
-        for grad, value in zip(grads, sums, strict=True):
-            if grad.dim() > value.dim() + 1:
-                grad[m, e] = value if changes else -0.0
-            elif m == 0 and not continues:
-                grad[e] = value
-            elif changes:
-                grad[e] += value
-    return dx_RD, dot_NR
+        if grad.dim() > value.dim() + 1:
+            grad[m, e] = value if changes else -0.0
+        elif m == 0 and not continues:
+            grad[e] = value
+        elif changes:
+            grad[e] += value
+
+
+def down_backward(dout_TD, weight_TK, kept, w_down, layout, grad, continues, table=None):
+    """As the kernels', row by row."""
+    h_2RF, weight_R = kept_rows(kept, layout), weight_TK.view(-1)[layout.pair_R]
+    rows = len(layout.token_R)
+    dh_R2F, aw_RF, dot_NR = (torch.full(s, float("nan")) for s in ((rows, 2, WIDTH), (rows, WIDTH), (1, rows)))
+    for r, e in enumerate(experts_of_rows(layout)):
+        h_2F = h_2RF[:, r].clone().requires_grad_()
+        with torch.enable_grad():
+            a_F = torch.nn.functional.silu(h_2F[0]) * h_2F[1]
+        d_F = dout_TD[layout.token_R[r]] @ w_down[e]
+        dot_NR[0, r] = (d_F * a_F.detach()).sum()
+        aw_RF[r] = weight_R[r] * a_F.detach()
+        (dh_R2F[r],) = torch.autograd.grad(a_F, h_2F, weight_R[r] * d_F)
+    if rows:
+        weight_gradient(dout_TD[layout.token_R], aw_RF, layout, grad, continues)
+    return dh_R2F.transpose(0, 1), dot_NR
+
+
+def gate_up_gradient(x_TD, dh_2RF, layout, grad, continues, table=None, spared=0):
+    weight_gradient(dh_2RF.transpose(0, 1), x_TD[layout.token_R], layout, grad, continues)
+
+
+def input_gradient(dh_2RF, w_gate_up_E2FD, layout, table=None):
+    dx_RD = torch.full((dh_2RF.shape[1], HIDDEN), float("nan"))
+    for r, e in enumerate(experts_of_rows(layout)):
+        dx_RD[r] = (dh_2RF[:, r, :, None] * w_gate_up_E2FD[e]).sum((0, 1))
+    return dx_RD
+
+
+@contextlib.contextmanager
+def on_the_side(device):
+    """There are no streams here: what is given to the side is done at once."""
+    yield lambda: None
+
+
+class Spoiled(cuda.CudaTransport):
+    """Spoils what a phase makes free before it comes to it, so that whoever still reads it then is found out."""
+
+    def meet(self, phase: str, layer: int, words: Tensor | None = None, boxes_N: Tensor | None = None) -> None:
+        free = ("returned_PD", "d_weight_P")
+        if phase in ("outputs", "input gradients"):
+            free = ("rows_UD", "weight_UK")
+        for name in free:
+            self.mine[name].fill_(float("nan"))
+        super().meet(phase, layer, words, boxes_N)
 
 
 def replaced() -> None:
     for module in (moe, hopper):
-        module.experts_forward, module.experts_backward = experts_forward, experts_backward
+        for one in (experts_forward, down_backward, gate_up_gradient, input_gradient):
+            setattr(module, one.__name__, one)
         module.require = lambda *tensors: None
+    cuda.on_the_side = on_the_side
     cuda_node.CudaMemory = Memory
     signals.now = time.monotonic_ns
     torch.Tensor.pin_memory = lambda self: self
@@ -168,7 +208,7 @@ def sums(transport, rank: int, batches: list[tuple[Tensor, ...]]) -> list[Tensor
     return totals
 
 
-def layers_in_an_arena(several: cuda.CudaTransport, rank: int) -> None:
+def layers_in_an_arena(several: Spoiled, rank: int) -> None:
     """A microbatch of more layers than fit at one of the ranks: both know, and alone each layer gives its bits."""
     arena = several.arena
     (_, indices_TK, _, _), batches = batch(2), [batch(4 + m) for m in range(RANKS)]  # all for the first two experts
@@ -210,7 +250,7 @@ def be(rank: int) -> None:
     with node:
         rows = 2 * RANKS * TOKENS * TOP_K  # two of the layers below, whatever their routing
         arena = Arena(rows=rows, width=WIDTH, sizes=SIZES, rank=rank, device=DEVICE)
-        several = cuda.CudaTransport(node=node, sizes=SIZES, arena=arena)
+        several = Spoiled(node=node, sizes=SIZES, arena=arena)
         mine, alone = matrices(rank * EXPERTS // RANKS, EXPERTS // RANKS), matrices(0, EXPERTS)
         batches = [batch(m) for m in range(2 * RANKS)]
         wanted = [step(Alone(), alone, one) if len(one[0]) else None for one in batches]

@@ -18,9 +18,10 @@ NAMES = (
     "places.row_TK", "places.place_TN", "places.offsets_L1", "places.segments_S1",
     "places.source_N1", "places.tile_expert", "places.tile_row", "places.num_tiles", "cpu.row_TK", "cpu.place_TN",
     "cpu.segments", "cpu.sources", "received.rows", "received.row_UK", "received.weight_UK", "received.token_U",
-    "received.pair_R", "received.token_R", "received.safe", "gather", "slots", "one rank.out", "float64",
-    "arena.first", "arena.within", "arena.needed", "arena.most", "arena.verdict", "arena.reference", "arena.alone",
-    "arena.alone needed", "one rank.sums", "gradients.rows", "late.report", "late.verdict", "late.phase", "late.waited",
+    "received.pair_R", "received.token_R", "received.safe", "gather", "slots", "slots.sums", "slots.beyond",
+    "one rank.out", "float64", "arena.first", "arena.within", "arena.needed", "arena.most", "arena.verdict",
+    "arena.reference", "arena.alone", "arena.alone needed", "one rank.sums", "gradients.rows", "late.report",
+    "late.verdict", "late.phase", "late.waited",
 )  # fmt: skip
 
 
