@@ -56,11 +56,12 @@ class Moe(Component):
         chosen = self.router.top_k * self.experts.intermediate_size if gpus == 1 else 0
         return 2 * (chosen + self.shared_size) * element + indices
 
-    def working_bytes(self, tokens: int, rows: int, hidden_size: int, element: int, target: str) -> int:
+    def working_bytes(self, tokens: int, rows: int, hidden_size: int, element: int, target: str, gpus: int = 1) -> int:
         """Bytes that the backward of `tokens` tokens, which have `rows` rows, needs: of the routed or shared experts.
 
         Kernels: the rows of the output's gradient, the gradients of gate and up and the weighted activation, all
-        rows at once; shared experts as `Mlp`. CPU: the rows of the input's gradient, all at once, which are
+        rows at once; between several GPUs of a node the rows of the input and of its gradient beside those of gate and
+        up, where that is more; shared experts as `Mlp`. CPU: the rows of the input's gradient, all at once, which are
         added in float32, or what a chunk of neighbouring experts' rows needs beside them.
         """
         from nmoe.registry.model import swiglu_working_bytes
@@ -68,7 +69,10 @@ class Moe(Component):
         width = self.experts.intermediate_size
         shared = tokens * swiglu_working_bytes(self.shared_size, element, target)
         if target != "cpu":
-            return max(shared, rows * (hidden_size + 3 * width) * element)
+            values = hidden_size + 3 * width
+            if gpus > 1:
+                values = max(values, 2 * hidden_size + 2 * width)
+            return max(shared, rows * values * element)
         chunk = max(min(rows, CPU_CHUNK_ROWS), rows // self.router.num_experts)
         in_chunk = chunk * (2 * hidden_size * element + swiglu_working_bytes(width, element, target))
         summed = rows * hidden_size * 4 if element < 4 else 0

@@ -169,7 +169,7 @@ def halves(
         if between_gpus(config, per_node):
             gpus, rows, received = per_node, most_rows(config, per_node), received_bytes(config, per_node)
         routing, saved = model.moe.routing_bytes(target, gpus), model.moe.saved_bytes(element, target, gpus)
-        working = model.moe.working_bytes(tokens, rows, model.hidden_size, element, target)
+        working = model.moe.working_bytes(tokens, rows, model.hidden_size, element, target, gpus)
     second = stream + 4 + stream + routing + saved
     kept = {
         "none": (tokens * (stream + attended), tokens * second + received),
