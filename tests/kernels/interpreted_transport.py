@@ -35,6 +35,7 @@ torch.set_num_threads(1)
 RANKS, TOKENS, HIDDEN, WIDTH, EXPERTS, TOP_K, LAYERS = 2, 10, 16, 8, 4, 2, 3
 DEVICE = torch.device("cpu")
 found: dict[str, int] = {}
+order: list[str] = []  # of phases, of the streams' forks and joins, and of what runs beside
 
 
 def wrong(name: str, is_right: bool) -> None:
@@ -118,6 +119,7 @@ def down_backward(dout_TD, weight_TK, kept, w_down, layout, grad, continues, tab
 
 
 def gate_up_gradient(x_TD, dh_2RF, layout, grad, continues, table=None, spared=0):
+    order.append("dW_gate_up")
     weight_gradient(dh_2RF.transpose(0, 1), x_TD[layout.token_R], layout, grad, continues)
 
 
@@ -130,8 +132,10 @@ def input_gradient(dh_2RF, w_gate_up_E2FD, layout, table=None):
 
 @contextlib.contextmanager
 def on_the_side(device):
-    """There are no streams here: what is given to the side is done at once."""
-    yield lambda: None
+    """There are no streams here: what is given to the side is done at once, and noted as the side's."""
+    order.append("fork")
+    yield lambda: order.append("join")
+    order.append("main")
 
 
 class Spoiled(cuda.CudaTransport):
@@ -143,6 +147,7 @@ class Spoiled(cuda.CudaTransport):
             free = ("rows_UD", "weight_UK")
         for name in free:
             self.mine[name].fill_(float("nan"))
+        order.append(phase)
         super().meet(phase, layer, words, boxes_N)
 
 
@@ -258,6 +263,8 @@ def be(rank: int) -> None:
             got = step(several, mine, batches[j * RANKS + rank])
             for name, a, b in zip(("y", "dx", "dw"), got, wanted[j * RANKS + rank] or got, strict=True):
                 wrong(f"layer.{name}", torch.equal(a, b) and not a.isnan().any())
+        forward, beside = ["counts", "rows", "outputs"], ["fork", "input gradients", "main", "dW_gate_up", "join"]
+        wrong("layer.order", order[-2 * 9 :] == [*forward, "output gradients", *beside] * 2)
         part = slice(rank * EXPERTS // RANKS, (rank + 1) * EXPERTS // RANKS)
         for a, b in zip(mine, alone, strict=True):
             wrong("layer.matrices", torch.equal(a.grad, b.grad[part]))

@@ -26,8 +26,9 @@ NAMES = (
 
 
 TRANSPORT = (
-    "layer.y", "layer.dx", "layer.dw", "layer.matrices", "layer.apart", "node.peers", "node.gather", "node.phase",
-    "late.text", "late.verdict", "arena.needed", "arena.forward", "arena.overwritten", "arena.alone", "arena.matrices",
+    "layer.y", "layer.dx", "layer.dw", "layer.order", "layer.matrices", "layer.apart", "node.peers", "node.gather",
+    "node.phase", "late.text", "late.verdict", "arena.needed", "arena.forward", "arena.overwritten", "arena.alone",
+    "arena.matrices",
 )  # fmt: skip
 
 
