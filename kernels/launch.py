@@ -128,11 +128,11 @@ class ReturnLaunch(NamedTuple):
     warps: int
 
 
-RETURN_LAUNCH = ReturnLaunch(2112, 8, 256, 4)
-"""By itself: 16 blocks on each multiprocessor, two 16-byte loads a thread in flight."""
+RETURN_LAUNCH = ReturnLaunch(132, 128, 256, 32)
+"""By itself: a block on each multiprocessor, four 16-byte loads a thread in flight; 2% before 16 small ones."""
 
 RETURN_BESIDE_LAUNCH = ReturnLaunch(24, 128, 256, 32)
-"""Beside a weight gradient, which is given the other multiprocessors: a block fills one, with four loads a thread."""
+"""Beside a weight gradient, which is given the other multiprocessors: a block fills one."""
 
 
 ROUTER_EXPERTS, ROUTER_CHOSEN = 256, 16
