@@ -94,17 +94,24 @@ def sent(several: CudaTransport, indices_TK: Tensor, places: Places) -> dict[str
 
 
 def host_waits(call: Callable[[], object]) -> list[str]:
-    """The names of calls that waited for the device, or copied to or from the host, before a trace's last launch."""
+    """The names of calls that waited for the device, or copied to or from the host, before a trace's last launch.
+
+    Of the threads that launch: NCCL's watchdog asks for its events ten times a second whatever happens.
+    """
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profile:
         for _ in range(20):
             call()
-    events = [(event.time_range.start, event.name) for event in profile.events()]
-    launches = [start for start, name in events if "LaunchKernel" in name]
+    launches = [event for event in profile.events() if "LaunchKernel" in event.name]
     if len(launches) < 20 * 10:
         return [f"the trace has {len(launches)} launches only"]
+    last, threads = max(event.time_range.start for event in launches), {event.thread for event in launches}
     words = ("Synchronize", "DtoH", "HtoD", "cudaEventQuery")
-    return [name for start, name in events if start < max(launches) and any(word in name for word in words)]
+    return [
+        event.name
+        for event in profile.events()
+        if event.time_range.start < last and event.thread in threads and any(word in event.name for word in words)
+    ]
 
 
 def experts_of(count: int, device: torch.device) -> Bf16Experts:
