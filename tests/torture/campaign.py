@@ -34,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
 SUBJECTS: tuple[str, ...] = ("crash", "power", "faults", "kills", "metrics", "signals")
 BATCH_S = 1800
+CODE = ("nmoe", "registry", "tests/torture", "tests/train", "tests/checkpoint", "tests/rdep")
+BENCH = ROOT / "nmoe" / "bench"
 
 
 @attrs.frozen(kw_only=True)
@@ -58,10 +60,12 @@ def subject(name: str) -> ModuleType:
 
 
 def code() -> str:
-    """The digest of everything that a campaign is about: the package and the campaigns."""
+    """The digest of everything that a campaign runs: the package but for its bench, the registry, the campaigns."""
     found = hashlib.sha256()
-    for folder in ("nmoe", "registry", "kernels", "tests"):
+    for folder in CODE:
         for path in sorted((ROOT / folder).rglob("*.py")):
+            if BENCH in path.parents:
+                continue
             found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return found.hexdigest()
 
