@@ -7,13 +7,16 @@ P parameters that no model has: for each a bf16 master and two bf16 moments, in 
           a training step  the mean of several; for CONFIG alone
     save  ours             from the call until HEAD names the checkpoint; but for `held` in threads beside the training
           unhashed         the same by the same writer, but for the names of objects, which are hashes of a count and
-                           not of their bytes: ours / unhashed - 1 is what hashing adds
+                           not of their bytes: hashing adds ours / unhashed - 1, the median over the turns
           one file         as many bytes written into one file and synced: the disk, and nothing else
 
-The two kinds of save and the file take turns, and between two saves every slice of the state changes, so none is kept
+The two kinds of save take turns, now one first and now the other, a file after each two; and between two saves every slice of the state changes, so none is kept
 from the save before. Each figure is the median of the repeats, the first not among them; of those of `save` the lowest
-and the highest are told too, as a disk that others use is not the same twice. Nothing trains meanwhile. The directory has to lie on the
-disk that is to be measured, and gets room for three states; what is written into it is removed.
+and the highest are told too, as a disk that others use is not the same twice. Nothing trains meanwhile. Hashing takes
+cores, where writing waits for the disk: a machine whose cores are busy shows more of it.
+
+The directory has to lie on the disk that is to be measured, and gets room for three states; what is written into it is
+removed.
 """
 
 import hashlib
@@ -22,7 +25,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import attrs
@@ -78,7 +81,8 @@ def measure(
             SAVE: sha256,
             UNHASHED: lambda content: hashlib.sha256(b"%d" % next(count)).hexdigest(),
         }
-        for step, way in enumerate(list(ways) * (repeats + 1), start=1):
+        turns = [way for turn in range(repeats + 1) for way in (SAVE, UNHASHED)[:: 1 if turn % 2 else -1]]
+        for step, way in enumerate(turns, start=1):
             change(parts, step)
             writer.address = ways[way]
             started = time.perf_counter()
@@ -86,7 +90,7 @@ def measure(
             times[HELD].append(time.perf_counter() - started)
             writer.wait()
             times[way].append(time.perf_counter() - started)
-            if way == UNHASHED:
+            if step % 2 == 0:
                 times[FILE].append(one_file(Path(name) / "file", parts))
     return {name: found[1:] for name, found in times.items()}
 
@@ -152,5 +156,6 @@ def rows(
     for key in (SAVE, UNHASHED, FILE):
         note = f"{1e3 * min(times[key]):.4g} to {1e3 * max(times[key]):.4g} ms"
         if key == SAVE:
-            note += f", hashing adds {medians[SAVE] / medians[UNHASHED] - 1:+.1%}"
+            share = statistics.median(one / other for one, other in zip(times[SAVE], times[UNHASHED], strict=True)) - 1
+            note += f", hashing adds {share:+.1%}"
         yield row(key, medians[key], note)

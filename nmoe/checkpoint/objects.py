@@ -136,9 +136,9 @@ def _each(futures: Iterable[Future[T]], alive: Callable[[], None]) -> Iterator[T
 def require_finite(name: str, start: int, values: torch.Tensor) -> None:
     """RunError N0317 if one of a tensor's elements from `start` on is not finite.
 
-    Read as integers, positive elements grow with the signed ones and negative elements with the unsigned ones, from the
-    finite over the infinite to NaN: so the two largest say it. At three times the rate of torch.aminmax on one core, and
-    without a team of threads for each that saves, which would compete with the training's.
+    Read as signed integers the positive elements come in order, as unsigned ones the negative: the finite, the
+    infinite, NaN; so the two largest say it. That takes a third of what torch.aminmax takes of a core, and no team of
+    threads for each thread that saves, which would compete with the training's.
     """
     infinity = INFINITY.get(values.dtype)
     if infinity is None:

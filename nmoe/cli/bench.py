@@ -230,7 +230,8 @@ def loader(config: str, sets: tuple[str, ...], repeats: int) -> Iterator[Row]:
 @click.option("--parameters", type=click.IntRange(min=1), metavar="P", help="Instead of CONFIG: a state of so many.")
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps of CONFIG to time.")
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Saves of each kind.")
-@click.option("--threads", type=click.IntRange(min=1), default=4, show_default=True, help="That hash, and as many that write; a run has 4.")
+@click.option("--threads", type=click.IntRange(min=1), default=4, show_default=True,
+              help="That hash, and as many that write; a run has 4.")  # fmt: skip
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="D",
               help="On the disk that is to be measured, not on the temporary one.")  # fmt: skip
 @sets_option
@@ -248,8 +249,8 @@ def checkpoint(
             unhashed         the same, but objects are named without a look at their bytes
             one file         as many bytes written into one file and synced
 
-    The saves and the file take turns in one process, and each slice changes between two saves. Given are medians;
-    hashing adds ours / unhashed - 1.
+    They take turns in one process, and each slice changes between two saves. Given are medians; hashing adds
+    ours / unhashed - 1, the median over the turns.
 
     \b
       nmoe bench checkpoint configs/quickstart.toml --repeats 31 --directory runs
