@@ -10,10 +10,11 @@ P parameters that no model has: for each a bf16 master and two bf16 moments, in 
                            not of their bytes: hashing adds ours / unhashed - 1, the median over the turns
           one file         as many bytes written into one file and synced: the disk, and nothing else
 
-The two kinds of save take turns, now one first and now the other, a file after each two; and between two saves every slice of the state changes, so none is kept
-from the save before. Each figure is the median of the repeats, the first not among them; of those of `save` the lowest
-and the highest are told too, as a disk that others use is not the same twice. Nothing trains meanwhile. Hashing takes
-cores, where writing waits for the disk: a machine whose cores are busy shows more of it.
+The two kinds of save take turns, now one first and now the other, a file after each two; between two saves every slice
+of the state changes, so none is kept from the save before. Each figure is the median of the repeats, the first not
+among them; of those of `save` the lowest and the highest are told too, as a disk that others use is not the same twice.
+Nothing trains meanwhile. Hashing takes cores, where writing waits for the disk: a machine whose cores are busy shows
+more of it.
 
 The directory has to lie on the disk that is to be measured, and gets room for three states; what is written into it is
 removed.
