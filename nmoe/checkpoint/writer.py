@@ -3,8 +3,8 @@
 `save` copies the parts of tensors that this rank owns and returns; a thread then does, in this order,
 
     1. begin      all ranks compare what they are about to save (step, counters, HEAD), and the room it needs
-    2. objects    SHA-256 of each slice; temporary file, fsync, rename; an object that is there already
-                  is kept if it has that hash, and written again if not
+    2. objects    SHA-256 of each slice, while those before it are written; temporary file, fsync, rename; an
+                  object that is there already is kept if it has that hash, and written again if not
     3. entries    fsync of every directory that got an object
     4. manifest   rank 0, from here on: every slice of every tensor is there once; temporary file, fsync,
                   rename, fsync of its directory
