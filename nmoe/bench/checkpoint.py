@@ -143,7 +143,7 @@ def rows(
     medians = {key: statistics.median(found) for key, found in times.items()}
 
     def row(key: tuple[str, str], seconds: float, note: str = "") -> Row:
-        what = f"{case}, {size:,} bytes by {threads} and {threads} threads"
+        what = f"{case}, {size:,} bytes by {threads} threads"
         rate = size / seconds / 1e9
         return Row(
             work="checkpoint", case=what, part=key[0], who=key[1], milliseconds=1e3 * seconds, rate=rate, unit="GB/s",

@@ -16,7 +16,7 @@ from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.manifest import Manifest
 from nmoe.checkpoint.parts import Span
-from nmoe.checkpoint.verify import check_object, nothing, read_head, read_manifest
+from nmoe.checkpoint.verify import nothing, read_head, read_manifest
 from nmoe.errors import fail
 from nmoe.part import Part
 from nmoe.slices import boundaries
@@ -33,7 +33,7 @@ INFINITY = {
 
 @attrs.frozen(kw_only=True)
 class Stored:
-    """spans: what has been stored of every tensor, by name. objects, bytes: what had to be written for them."""
+    """spans: what has been stored of every tensor, by name. objects, bytes: of those that were not there before."""
 
     spans: dict[str, Span]
     objects: int
@@ -66,64 +66,72 @@ def store(
     owner: in the names of temporary files; no two that may be at work in the directory have the same. alive: called
     as the work goes on. address: of a slice's bytes; another than SHA-256 only to measure what that costs.
 
-    So many threads hash, in the order of the slices, and as many write what has been hashed, so that the disk waits for
-    the first hash alone. (To write a slice while it is hashed, and rename it then, saved no more time, and writes what
-    is there already.) A writer syncs its slice in one go: small files then share the journal's commits.
-    An object that is there already counts only after it has been hashed. RunError N0301 if a file
-    cannot be written, N0317 if a value is not finite (an update can overflow after the last look at the
-    gradients); what has been written by then is no part of any checkpoint.
+    threads: that write. Half as many hash the same slices meanwhile: a file needs its name only when it is renamed, so
+    the disk waits for no hash, and with fewer threads on the cores the writers get theirs sooner. A thread writes and
+    syncs a slice in one go: small files then share the journal's commits. An object that is there already, whole or
+    damaged, is replaced by the bytes that its name stands for, so nobody has to read it.
+    RunError N0301 if a file cannot be written, N0317 if a value is not finite (an update can overflow after the last
+    look at the gradients); what has been written by then is no part of any checkpoint.
     """
-    written: list[int] = []
-    numbers = itertools.count()
+    temporary = layout.temporary_directory(directory)
 
-    def named(name: str, start: int, values: torch.Tensor) -> tuple[str, memoryview]:
+    def hashed(name: str, start: int, values: torch.Tensor) -> str:
         require_finite(name, start, values)
-        content = values.view(torch.uint8).numpy().data
-        return address(content), content
+        return address(_bytes(values))
 
-    def put(path: Path, content: memoryview) -> None:
+    def put(number: int, values: torch.Tensor) -> Path:
+        path = temporary / f"object.{owner}.{number}"
+        disk.write_synced(path, _bytes(values))
+        return path
+
+    def name_it(written: Path, path: Path) -> bool:
+        """Whether no such object was there."""
         with disk.naming("make directory", path.parent):
             path.parent.mkdir(exist_ok=True)
-        if path.exists():
-            try:
-                check_object(path, path.name, len(content))
-                return
-            except Damage:
-                pass  # a damaged object is replaced by the right one
-        temporary = layout.temporary_directory(directory) / f"object.{owner}.{next(numbers)}"
-        disk.write_synced(temporary, content)
-        disk.rename(temporary, path)
-        written.append(len(content))
+        is_new = not path.exists()
+        disk.rename(written, path)
+        return is_new
 
-    hashers = ThreadPoolExecutor(threads, thread_name_prefix="hash")
+    hashers = ThreadPoolExecutor(max(1, threads // 2), thread_name_prefix="hash")
     writers = ThreadPoolExecutor(threads, thread_name_prefix="object")
     try:
-        pending = {}
-        spans = {}
+        numbers = itertools.count()
+        spans: dict[str, Span] = {}
+        pending: dict[str, list[tuple[Future[str], Future[Path], int]]] = {}
         for name, part in parts.items():
-            values = part.tensor.reshape(-1)
+            flat = part.tensor.reshape(-1)
             spans[name] = span = Span.of(name, part)
-            pending[name] = [
-                hashers.submit(named, name, start, values[start - part.start : stop - part.start])
-                for start, stop in boundaries(name, part.shape, span.dtype)[span.first : span.last]
-            ]
-        objects: dict[Path, Future[None]] = {}
-        for name, futures in pending.items():
+            pending[name] = []
+            for start, stop in boundaries(name, part.shape, span.dtype)[span.first : span.last]:
+                values = flat[start - part.start : stop - part.start]
+                futures = hashers.submit(hashed, name, start, values), writers.submit(put, next(numbers), values)
+                pending[name].append((*futures, values.numel() * values.element_size()))
+        sizes: dict[Path, int] = {}
+        renamed: list[Future[bool]] = []
+        for name, slices in pending.items():
             hashes = []
-            for digest, content in _each(futures, alive):
-                hashes.append(digest)
-                path = layout.object_path(directory, digest)
-                if path not in objects:
-                    objects[path] = writers.submit(put, path, content)
+            for digest, written, size in slices:
+                hashes.append(digest.result())
+                path = layout.object_path(directory, hashes[-1])
+                if path in sizes:
+                    disk.remove(written.result())
+                else:
+                    sizes[path] = size
+                    renamed.append(writers.submit(name_it, written.result(), path))
+                alive()
             spans[name] = attrs.evolve(spans[name], hashes=tuple(hashes))
-        list(_each(objects.values(), alive))
-        synced = [writers.submit(disk.sync_directory, folder) for folder in sorted({path.parent for path in objects})]
+        new = [size for size, is_new in zip(sizes.values(), _each(renamed, alive), strict=True) if is_new]
+        synced = [writers.submit(disk.sync_directory, folder) for folder in sorted({path.parent for path in sizes})]
         list(_each(synced, alive))
         disk.sync_directory(layout.objects_directory(directory))
     finally:
         for pool in (hashers, writers):
             pool.shutdown(cancel_futures=True)
-    return Stored(spans=spans, objects=len(written), bytes=sum(written))
+    return Stored(spans=spans, objects=len(new), bytes=sum(new))
+
+
+def _bytes(values: torch.Tensor) -> memoryview:
+    return values.view(torch.uint8).numpy().data
 
 
 def _each(futures: Iterable[Future[T]], alive: Callable[[], None]) -> Iterator[T]:

@@ -3,8 +3,8 @@
 `save` copies the parts of tensors that this rank owns and returns; a thread then does, in this order,
 
     1. begin      all ranks compare what they are about to save (step, counters, HEAD), and the room it needs
-    2. objects    SHA-256 of each slice, while those before it are written; temporary file, fsync, rename; an
-                  object that is there already is kept if it has that hash, and written again if not
+    2. objects    each slice into a temporary file, fsync, and its SHA-256 meanwhile; rename to that, in the
+                  place of an object that is there already
     3. entries    fsync of every directory that got an object
     4. manifest   rank 0, from here on: every slice of every tensor is there once; temporary file, fsync,
                   rename, fsync of its directory
@@ -57,7 +57,7 @@ BEGIN = "the begin of a save"  # no step in it: ranks that save different ones h
 
 @attrs.frozen(kw_only=True)
 class Saved:
-    """A checkpoint that HEAD names. objects, bytes: what had to be written, of total_bytes that it holds."""
+    """A checkpoint that HEAD names. objects, bytes: what was not there before, of total_bytes that it holds."""
 
     step: int
     manifest_sha256: str
@@ -71,8 +71,9 @@ class Saved:
 class CheckpointWriter:
     """Saves into `directory`, which all ranks share, one checkpoint at a time. All ranks make and use it alike.
 
-    keep: newest intact checkpoints that stay. threads: that hash and write; they change no bit. control: the
-    writer talks over a clone of it, whose time-out is how long a rank may show no progress. `address` names objects.
+    keep: newest intact checkpoints that stay. threads: that write, with half as many that hash; they change no bit.
+    control: the writer talks over a clone of it, whose time-out is how long a rank may show no progress. `address`
+    names objects.
     Making one creates the directory with a HEAD that names nothing yet, and clears away what a killed
     or failed save has left (`removed`: the checkpoints among it), on rank 0, for which the others wait: only
     the run's owner may make one, after HEAD has been verified.

@@ -231,7 +231,7 @@ def loader(config: str, sets: tuple[str, ...], repeats: int) -> Iterator[Row]:
 @click.option("--steps", type=click.IntRange(min=1), default=5, show_default=True, help="Steps of CONFIG to time.")
 @click.option("--repeats", type=click.IntRange(min=1), default=15, show_default=True, help="Saves of each kind.")
 @click.option("--threads", type=click.IntRange(min=1), default=4, show_default=True,
-              help="That hash, and as many that write; a run has 4.")  # fmt: skip
+              help="That write, with half as many that hash; a run has 4.")  # fmt: skip
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False, exists=True), metavar="D",
               help="On the disk that is to be measured, not on the temporary one.")  # fmt: skip
 @sets_option
