@@ -3,36 +3,41 @@
 With the writer of a run the whole state of CONFIG is saved, after three steps of it; or, with --parameters, a state of
 P parameters that no model has: for each a bf16 master and two bf16 moments, in tensors of 2048 columns, on the CPU.
 
-    held       ours             for which `save` holds the steps up: the copy, and whatever else it does
-               a training step  the mean of several; for CONFIG alone
-    save       ours             from there until HEAD names the checkpoint, all in threads beside the training
-    objects    ours             each value looked at, SHA-256, file, fsync, rename, fsync of directories
-               unhashed         the same bytes in as many files by as many threads, each value looked at, with the same
-                                fsyncs and renames: ours / unhashed - 1 is what the hashes add
-               only written     the same without a look at the values
+    held  ours             for which `save` holds the steps up: the copy, and whatever else it does
+          a training step  the mean of several; for CONFIG alone
+    save  ours             from the call until HEAD names the checkpoint; but for `held` in threads beside the training
+          unhashed         the same by the same writer, but for the names of objects, which are hashes of a count and
+                           not of their bytes: hashing adds ours / unhashed - 1, the median over the turns
+          one file         as many bytes written into one file and synced: the disk, and nothing else
 
-Each is the median of several, taken in turn. The directory has to lie on the disk that is to be measured, and gets room
-for three states; what is written into it is removed.
+The two kinds of save take turns, now one first and now the other, a file after each two; between two saves every slice
+of the state changes, so none is kept from the save before. Each figure is the median of the repeats, the first not
+among them; of those of `save` the lowest and the highest are told too, as a disk that others use is not the same twice.
+Nothing trains meanwhile. Hashing takes cores, where writing waits for the disk: a machine whose cores are busy shows
+more of it.
+
+The directory has to lie on the disk that is to be measured, and gets room for three states; what is written into it is
+removed.
 """
 
-import shutil
+import hashlib
+import itertools
+import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import attrs
 import torch
 
 from nmoe import platform
 from nmoe.bench.rows import Row
 from nmoe.bench.step import take
 from nmoe.checkpoint import disk
-from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.manifest import Identity
-from nmoe.checkpoint.objects import require_finite, store
-from nmoe.checkpoint.parts import Span
+from nmoe.checkpoint.objects import Address, sha256
 from nmoe.checkpoint.writer import CheckpointWriter
 from nmoe.graph import build
 from nmoe.part import Part
@@ -61,72 +66,51 @@ def state_of(parameters: int) -> dict[str, Part]:
     return parts
 
 
-def unhashed(directory: Path, parts: Mapping[str, Part], *, threads: int, looked_at: bool) -> None:
-    """What nmoe.checkpoint.objects.store writes, under names that no content decides."""
-    temporary, objects = layout.temporary_directory(directory), layout.objects_directory(directory)
-
-    def put(number: int, name: str, start: int, values: torch.Tensor) -> None:
-        if looked_at:
-            require_finite(name, start, values)
-        folder = objects / f"{number % 256:02x}"
-        folder.mkdir(exist_ok=True)
-        disk.write_synced(temporary / str(number), values.view(torch.uint8).numpy().data)
-        disk.rename(temporary / str(number), folder / str(number))
-
-    with ThreadPoolExecutor(threads) as pool:
-        pending, number = [], 0
-        for name, part in parts.items():
-            values, span = part.tensor.reshape(-1), Span.of(name, part)
-            for start, stop in boundaries(name, part.shape, span.dtype)[span.first : span.last]:
-                pending.append(pool.submit(put, number, name, start, values[start - part.start : stop - part.start]))
-                number += 1
-        for one in pending:
-            one.result()
-        for one in [pool.submit(disk.sync_directory, folder) for folder in sorted(objects.iterdir())]:
-            one.result()
-    disk.sync_directory(objects)
-
-
-HELD, SAVE, OBJECTS = ("held", "ours"), ("save", "ours"), ("objects", "ours")
-UNHASHED, WRITTEN = ("objects", "unhashed"), ("objects", "only written")
+HELD, SAVE, UNHASHED, FILE = ("held", "ours"), ("save", "ours"), ("save", "unhashed"), ("save", "one file")
 
 
 def measure(
     parts: Mapping[str, Part], repeats: int, threads: int, below: Path | None
-) -> dict[tuple[str, str], float]:
-    """Seconds by part and who; `parts` are the state, on any device."""
-    times: dict[tuple[str, str], list[float]] = {name: [] for name in (HELD, SAVE, OBJECTS, UNHASHED, WRITTEN)}
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of each repeat by part and who; `parts` are the state, on any device."""
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in (HELD, SAVE, UNHASHED, FILE)}
+    count = itertools.count()
     with tempfile.TemporaryDirectory(dir=below, prefix="nmoe-bench-") as name:
-        for held, saved in saves(Path(name) / "run", parts, repeats, threads):
-            times[HELD].append(held)
-            times[SAVE].append(saved)
-        shutil.rmtree(Path(name) / "run")
-        copied = {name: Part(part.tensor.detach().cpu(), part.start, part.shape) for name, part in parts.items()}
-        ways: dict[tuple[str, str], Callable[[Path], object]] = {
-            OBJECTS: lambda where: store(where, copied, threads=threads),
-            UNHASHED: lambda where: unhashed(where, copied, threads=threads, looked_at=True),
-            WRITTEN: lambda where: unhashed(where, copied, threads=threads, looked_at=False),
+        writer = CheckpointWriter(Path(name) / "run", keep=1, control=Control.alone(), threads=threads)
+        writer.prepare(parts)
+        ways: dict[tuple[str, str], Address] = {
+            SAVE: sha256,
+            UNHASHED: lambda content: hashlib.sha256(b"%d" % next(count)).hexdigest(),
         }
-        for _ in range(repeats):
-            for way, act in ways.items():
-                where = Path(name) / "objects"
-                for directory in (layout.temporary_directory(where), layout.objects_directory(where)):
-                    directory.mkdir(parents=True)
-                times[way].append(timed(lambda act=act, where=where: act(where)))  # type: ignore[misc]
-                shutil.rmtree(where)
-    return {key: statistics.median(values) for key, values in times.items()}
+        turns = [way for turn in range(repeats + 1) for way in (SAVE, UNHASHED)[:: 1 if turn % 2 else -1]]
+        for step, way in enumerate(turns, start=1):
+            change(parts, step)
+            writer.address = ways[way]
+            started = time.perf_counter()
+            writer.save(step=step, tensors=parts, state={}, identity=IDENTITY)
+            times[HELD].append(time.perf_counter() - started)
+            writer.wait()
+            times[way].append(time.perf_counter() - started)
+            if step % 2 == 0:
+                times[FILE].append(one_file(Path(name) / "file", parts))
+    return {name: found[1:] for name, found in times.items()}
 
 
-def saves(directory: Path, parts: Mapping[str, Part], repeats: int, threads: int) -> list[tuple[float, float]]:
-    """(held, save) of each save but the first, which makes the buffers and is a run's first alone."""
-    writer, found = CheckpointWriter(directory, keep=1, control=Control.alone(), threads=threads), []
-    for step in range(1, repeats + 2):
-        change(parts, step)
-        started = time.perf_counter()
-        writer.save(step=step, tensors=parts, state={"step": step}, identity=IDENTITY)
-        held = time.perf_counter() - started
-        found.append((held, timed(writer.wait)))
-    return found[1:]
+def one_file(path: Path, parts: Mapping[str, Part]) -> float:
+    """Seconds to write as many bytes as the state has, and to sync them."""
+    piece = memoryview(bytes(disk.CHUNK))
+    started = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, size_of(parts), len(piece)):
+            file.write(piece[: size_of(parts) - start])
+        os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def size_of(parts: Mapping[str, Part]) -> int:
+    return sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
 
 
 def change(parts: Mapping[str, Part], step: int) -> None:
@@ -136,19 +120,15 @@ def change(parts: Mapping[str, Part], step: int) -> None:
         for first, _ in boundaries(name, part.shape, str(flat.dtype).removeprefix("torch.")):
             if start <= first < start + len(flat):
                 flat[first - start] = step
-
-
-def timed(act: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    act()
-    return time.perf_counter() - started
+    if any(part.tensor.is_cuda for part in parts.values()):
+        torch.cuda.synchronize()
 
 
 def rows(
     plan: Plan | None, *, parameters: int, steps: int, repeats: int, threads: int, directory: Path | None
 ) -> Iterator[Row]:
     """See the module; parameters: where there is no plan. Raises what a training of the plan would."""
-    times: dict[tuple[str, str], float] = {}
+    step_seconds = None
     if plan is None:
         platform.require("cpu", threads=1)
         case, parts = f"{parameters:,} parameters", state_of(parameters)
@@ -158,13 +138,25 @@ def rows(
         graph = build(plan)
         case, parts = plan.name, graph.kept()
         take(graph, plan, range(1, 4), text=False)
-        times["held", "a training step"] = take(graph, plan, range(4, 4 + steps), text=False) / steps
-    size = sum(part.tensor.numel() * part.tensor.element_size() for part in parts.values())
-    times = {**measure(parts, repeats, threads, directory), **times}
-    hashing = times[OBJECTS] / times[UNHASHED] - 1
-    for (part, who), seconds in sorted(times.items(), key=lambda item: ("held", "save", "objects").index(item[0][0])):
-        yield Row(
-            work="checkpoint", case=f"{case}, {size:,} bytes by {threads} threads", part=part, who=who,
-            milliseconds=1e3 * seconds, rate=None if who == "a training step" else size / seconds / 1e9, unit="GB/s",
-            note=f"hashing adds {hashing:.0%}" if (part, who) == OBJECTS else "",
+        step_seconds = take(graph, plan, range(4, 4 + steps), text=False) / steps
+    size, times = size_of(parts), measure(parts, repeats, threads, directory)
+    medians = {key: statistics.median(found) for key, found in times.items()}
+
+    def row(key: tuple[str, str], seconds: float, note: str = "") -> Row:
+        what = f"{case}, {size:,} bytes by {threads} threads"
+        rate = size / seconds / 1e9
+        return Row(
+            work="checkpoint", case=what, part=key[0], who=key[1], milliseconds=1e3 * seconds, rate=rate, unit="GB/s",
+            note=note,
         )  # fmt: skip
+
+    held = medians[HELD]
+    yield row(HELD, held, "" if step_seconds is None else f"{held / step_seconds:.0%} of a step")
+    if step_seconds is not None:
+        yield attrs.evolve(row(("held", "a training step"), step_seconds), rate=None, unit="")
+    for key in (SAVE, UNHASHED, FILE):
+        note = f"{1e3 * min(times[key]):.4g} to {1e3 * max(times[key]):.4g} ms"
+        if key == SAVE:
+            share = statistics.median(one / other for one, other in zip(times[SAVE], times[UNHASHED], strict=True)) - 1
+            note += f", hashing adds {share:+.1%}"
+        yield row(key, medians[key], note)

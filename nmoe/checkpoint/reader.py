@@ -86,7 +86,7 @@ def open_head(directory: str | os.PathLike[str], control: Control, *, threads: i
             for sha256 in manifest.objects
             if sha256 in messages
         ]
-        raise damaged(directory, findings, step=manifest.step)
+        raise damaged(directory, list(dict.fromkeys(findings)), step=manifest.step)
     return manifest
 
 
@@ -147,7 +147,8 @@ def read_into(
     findings = control.together(
         "reading tensors", lambda: _read(Path(directory), manifest, tensors, threads, control.alive)
     )
-    _require_whole(Path(directory), manifest, [finding for one in findings for finding in one])
+    by_rank = [(f", read by rank {rank}" if control.ranks > 1 else "", one) for rank, one in enumerate(findings)]
+    _require_whole(Path(directory), manifest, [finding + who for who, one in by_rank for finding in one])
 
 
 def read_some(

@@ -3,8 +3,8 @@
 `save` copies the parts of tensors that this rank owns and returns; a thread then does, in this order,
 
     1. begin      all ranks compare what they are about to save (step, counters, HEAD), and the room it needs
-    2. objects    SHA-256 of each slice; temporary file, fsync, rename; an object that is there already
-                  is kept if it has that hash, and written again if not
+    2. objects    each slice into a temporary file, fsync, and its SHA-256 meanwhile; rename to that, in the
+                  place of an object that is there already
     3. entries    fsync of every directory that got an object
     4. manifest   rank 0, from here on: every slice of every tensor is there once; temporary file, fsync,
                   rename, fsync of its directory
@@ -40,7 +40,7 @@ from nmoe.checkpoint import disk
 from nmoe.checkpoint import format as layout
 from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.manifest import Head, Identity, Manifest, Parent, plain
-from nmoe.checkpoint.objects import Removed, require_objects, retain, store
+from nmoe.checkpoint.objects import Address, Removed, require_objects, retain, sha256, store
 from nmoe.checkpoint.parts import Span, Spans, join
 from nmoe.checkpoint.reader import damaged
 from nmoe.checkpoint.verify import read_head, read_manifest
@@ -57,7 +57,7 @@ BEGIN = "the begin of a save"  # no step in it: ranks that save different ones h
 
 @attrs.frozen(kw_only=True)
 class Saved:
-    """A checkpoint that HEAD names. objects, bytes: what had to be written, of total_bytes that it holds."""
+    """A checkpoint that HEAD names. objects, bytes: what was not there before, of total_bytes that it holds."""
 
     step: int
     manifest_sha256: str
@@ -71,8 +71,9 @@ class Saved:
 class CheckpointWriter:
     """Saves into `directory`, which all ranks share, one checkpoint at a time. All ranks make and use it alike.
 
-    keep: newest intact checkpoints that stay. threads: that hash and write; they change no bit. control: the
-    writer talks over a clone of it, whose time-out is how long a rank may show no progress.
+    keep: newest intact checkpoints that stay. threads: that write, with half as many that hash; they change no bit.
+    control: the writer talks over a clone of it, whose time-out is how long a rank may show no progress. `address`
+    names objects.
     Making one creates the directory with a HEAD that names nothing yet, and clears away what a killed
     or failed save has left (`removed`: the checkpoints among it), on rank 0, for which the others wait: only
     the run's owner may make one, after HEAD has been verified.
@@ -86,6 +87,7 @@ class CheckpointWriter:
         self.directory = Path(directory)
         self.keep = keep
         self.threads = threads
+        self.address: Address = sha256
         self._control = control.clone()
         # Not by process and host: containers repeat both, and a former attempt's rank may still be hanging on its disk.
         self._owner = f"{control.rank}.{secrets.token_hex(8)}"
@@ -160,9 +162,12 @@ class CheckpointWriter:
         )
         self._thread.start()
 
-    def require_room(self, tensors: Mapping[str, Part]) -> None:
-        """RunError N0308, on all ranks, unless two checkpoints of `tensors` fit on the file system: one that stands and
-        the one being written. A checkpoint that HEAD names has its room already.
+    def prepare(self, tensors: Mapping[str, Part]) -> None:
+        """Sees to the room that saves of such `tensors` need: on the disk, and in memory for the copy.
+
+        RunError N0308, on all ranks, unless two checkpoints fit on the file system: one that stands and the one being
+        written. A checkpoint that HEAD names has its room already. The first save then holds nobody up for longer than
+        the others: fresh pages take three times as long as a copy into those that are there.
         """
         count = 2 if self._head.manifest is None else 1
         spans = {name: Span.of(name, part) for name, part in tensors.items()}
@@ -170,6 +175,7 @@ class CheckpointWriter:
             "the room for checkpoints", lambda: {"room": _room(spans, tensors), "free": self._free()}
         )
         self._require_free(ranks, count)
+        self._buffers = {name: Part(self._buffer(name, part), part.start, part.shape) for name, part in tensors.items()}
 
     def _check(self, step: int, tensors: Mapping[str, Part], state: Mapping[str, Any]) -> Spans:
         if step <= self._head.step:
@@ -207,16 +213,13 @@ class CheckpointWriter:
         return self._saved
 
     def _snapshot(self, tensors: Mapping[str, Part]) -> None:
-        """Copies into buffers that are kept from save to save, so that their pages are there already."""
+        """Copies into buffers that are kept from save to save."""
         buffers: dict[str, Part] = {}
         devices = set()
         with torch.no_grad():
             for name, part in tensors.items():
                 tensor = part.tensor.detach()
-                known = self._buffers.get(name)
-                buffer = None if known is None else known.tensor
-                if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-                    buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                buffer = self._buffer(name, part)
                 buffer.copy_(tensor, non_blocking=tensor.is_cuda)
                 if tensor.is_cuda:
                     devices.add(tensor.device)
@@ -224,6 +227,16 @@ class CheckpointWriter:
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
         self._buffers = buffers
+
+    def _buffer(self, name: str, part: Part) -> torch.Tensor:
+        """Memory on the host for the elements of `part`: the buffer of the save before if it fits, else a new one."""
+        known, tensor = self._buffers.get(name), part.tensor
+        if known is not None and (known.tensor.shape, known.tensor.dtype) == (tensor.shape, tensor.dtype):
+            return known.tensor
+        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        # Written once, so that its pages are there.
+        buffer.zero_()
+        return buffer
 
     def _run(self, *work: Any) -> None:
         try:
@@ -287,8 +300,9 @@ class CheckpointWriter:
 
     def _store(self) -> list[Any]:
         stored = store(
-            self.directory, self._buffers, threads=self.threads, owner=self._owner, alive=self._control.alive
-        )
+            self.directory, self._buffers, threads=self.threads, owner=self._owner, alive=self._control.alive,
+            address=self.address,
+        )  # fmt: skip
         spans = {name: attrs.astuple(span) for name, span in stored.spans.items()}
         return [spans, stored.objects, stored.bytes]
 
@@ -314,18 +328,18 @@ class CheckpointWriter:
         if len(ranks) > 1:
             self._require_sight(manifest)
         content = manifest.encode()
-        sha256 = hashlib.sha256(content).hexdigest()
+        seal = hashlib.sha256(content).hexdigest()
         disk.make_directory(layout.step_directory(self.directory, step))
         self._put(layout.manifest_path(self.directory, step), content)
         if before_head is not None:
             before_head()
         self._control.alive()
-        head = Head(step=step, manifest=sha256)
+        head = Head(step=step, manifest=seal)
         self._put(layout.head_path(self.directory), head.encode())
         self._head = head
         saved = Saved(
             step=step,
-            manifest_sha256=sha256,
+            manifest_sha256=seal,
             state_digest=manifest.state_digest,
             objects=sum(objects for _, objects, _ in ranks),
             bytes=sum(written for _, _, written in ranks),

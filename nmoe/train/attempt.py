@@ -266,7 +266,7 @@ class Attempt:
         flops = self.plan.flops_per_token * tokens / self.control.ranks
         at_peak = seconds_at_peak(flops, device, self.plan.config.model.dtype)
         if not is_last:
-            self.writer.require_room(self.graph.kept())
+            self.writer.prepare(self.graph.kept())
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
         with prefetch:
             while not is_last:

@@ -6,9 +6,9 @@ In a step it is done when backward is over and nothing has been updated: the cop
 backward have used. At the end of every step each copy is overwritten with what its owner has made of it. So this
 finds, at the next comparison, a bias that has parted, which stays so, and a copy that goes wrong in every step or in
 the one that compares. It cannot find a bit that flips in a copy in a step that does not compare and is gone after it:
-that reaches the gradients of one rank, and through their sum the weights of all. Nor can it judge what only one rank
-has, masters, moments and, on one node, experts: they are held against their hashes when a checkpoint is read, where
-they have landed (`nmoe.checkpoint.reader`).
+that reaches the gradients of one rank, and through their sum the weights of all (with divergence_every = 1 there is no
+such step). Nor can it judge what only one rank has, masters, moments and, on one node, experts: they are held against
+their hashes when a checkpoint is read, where they have landed (`nmoe.checkpoint.reader`).
 
 A state that is saved has passed a comparison since its last update, so HEAD never names one that was not alike.
 """

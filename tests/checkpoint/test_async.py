@@ -64,7 +64,7 @@ def test_there_has_to_be_room_for_two_checkpoints_before_the_first_step(director
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": free})())
 
     def require():
-        writer.CheckpointWriter(directory, keep=2, control=Control.alone()).require_room(tool.whole(tensors))
+        writer.CheckpointWriter(directory, keep=2, control=Control.alone()).prepare(tool.whole(tensors))
 
     for count, words in ((2, "two checkpoints, the least that a run has, need"), (1, "a checkpoint needs")):
         free = writer.SPARE_BYTES + count * room
@@ -77,8 +77,15 @@ def test_there_has_to_be_room_for_two_checkpoints_before_the_first_step(director
             tool.save(directory, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+NAN, INF = float("nan"), float("inf")
+NOT_FINITE = [
+    *((dtype, value) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+      for value in (NAN, -NAN, INF, -INF)),
+    (torch.float8_e4m3fn, NAN), (torch.float8_e4m3fn, -NAN),  # it has no infinities
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "value"), NOT_FINITE)
 @pytest.mark.parametrize("place", [0, 1234, 4098])
 def test_one_value_that_is_not_finite_is_found(dtype, value, place):
     values = torch.linspace(-3, 3, 4099).to(dtype)
@@ -86,3 +93,16 @@ def test_one_value_that_is_not_finite_is_found(dtype, value, place):
     values[place] = value
     with pytest.raises(RunError, match=f"N0317.*`w` is not finite: {value} at element {10 + place}"):
         require_finite("w", 10, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_exponent_is_told_from_those_that_are_not_finite(dtype):
+    """As torch does, with the least and the largest mantissas of both signs."""
+    for bits in (high | low for high in range(0, 1 << 16, 1 << 6) for low in (0, 1, 63)):
+        value = torch.tensor([bits - (1 << 16) * (bits >> 15)], dtype=torch.int16).view(dtype)
+        try:
+            require_finite("w", 0, value)
+            finite = True
+        except RunError:
+            finite = False
+        assert finite == bool(torch.isfinite(value)), hex(bits)

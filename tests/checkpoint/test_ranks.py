@@ -245,6 +245,18 @@ def test_an_object_that_changes_after_it_was_verified_stops_all(saved, ranks, tm
     assert all("error[N0303]" in text and "model.frozen" in text for _, text in answers)
 
 
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_bit_that_flips_where_a_shard_of_experts_lands_stops_all(saved, ranks, number):
+    """The files are whole: what is held against the checkpoint's digests is the memory that a training goes on with."""
+    directory = saved[2][0]
+    answers = ranks.run("loading", number, directory=str(directory), how="flipped")
+    assert [end for end, _ in answers] == ["raised"] * number
+    for _, text in answers:
+        assert text.startswith("error[N0303]: the checkpoint of step 3 is damaged: object ")
+        assert "has other content than its name; tensor `model.layers.0.moe.experts.w_down_EDF`, read by rank 1" in text
+    assert not verify(directory).faults
+
+
 def test_one_process_reads_what_ranks_saved(saved, tool):
     for directory, _ in saved.values():
         assert tool.holds(directory, 3)

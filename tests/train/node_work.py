@@ -1,7 +1,6 @@
 """What a rank of several "nodes" on this machine does in the tests: `nmoe train`, or a reduction alone."""
 
 import os
-import signal
 from functools import cache
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from nmoe.graph import build
 from nmoe.model.loss import linear_cross_entropy
 from nmoe.plan.resolve import resolve
 from nmoe.rdep import rendezvous
-from nmoe.train import loop
 from nmoe.train.launch import launched
 from tests.rdep.work import Planned as Planned  # the server of ranks asks for these here
 from tests.rdep.work import store as store
-from tests.train import node_sums
+from tests.train import faults, node_sums
 
 # What a process reads at each start is read once, before the ranks are forked: the packaged text, the sources.
 corpus.documents = cache(corpus.documents)
@@ -26,15 +24,8 @@ for _part in ("train", "heldout"):
 _hashes = environment.source_hashes()
 environment.source_hashes = lambda: _hashes
 
-FAULT_STEP = 4
-
-
-class OnFire(Exception):
-    """A fault of the program, which the drill asks for."""
-
-
 def training(*, rank, ranks, store, per_node, config, sets, log, who=None, fault="", sizes=None):
-    """The exit status of `nmoe train`. who, fault: the rank that goes wrong in a step, and how, "HOW@PHASE".
+    """The exit status of `nmoe train`. who, fault: the rank that goes wrong, and how.
 
     sizes: what each rank takes for its node's size, if they differ.
     """
@@ -46,7 +37,7 @@ def training(*, rank, ranks, store, per_node, config, sets, log, who=None, fault
         os.environ.update({name: str(value) for name, value in found.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
         rendezvous.launch_store = lambda timeout_s: store
     if rank == who:
-        go_wrong(fault)
+        faults.arm(fault)
     return run(["train", config, *(word for item in sets for word in ("--set", item))])
 
 
@@ -55,20 +46,6 @@ def speak_into(path):
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-
-
-def go_wrong(fault):
-    """Has this process's training end, stop or raise in the phase of a step."""
-    how, _, where = fault.partition("@")
-    real = loop.train
-
-    def observe(step, phase):
-        if step == FAULT_STEP and phase == where:
-            if how == "raise":
-                raise OnFire("the rank is on fire")
-            os.kill(os.getpid(), getattr(signal, how))
-
-    loop.train = lambda *given, **more: real(*given, observe=observe, **more)
 
 
 def counted(*, rank, ranks, store, per_node, config, sets):

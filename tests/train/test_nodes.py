@@ -165,6 +165,23 @@ def test_a_lost_rank_of_another_node_ends_all_and_is_named(node_runs, nodes, per
     reader.open_head(node_runs.directory / name / "checkpoints", Control.alone())  # verifies, if one was finished
 
 
+EXPERTS_WEIGHT = "layers.2.moe.experts.w_down_EDF"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "sequences", "who", "said"),
+    [(3, 1, 6, 2, "rank 2 has other bits than ranks 0, 1"), (2, 2, 4, 3, "rank 1 and rank 3 have different bits")],
+)
+def test_a_flipped_bit_of_an_expert_is_found_by_its_counterparts(node_runs, nodes, per_node, sequences, who, said):
+    """Every node has all experts; where only two have one, nobody can say which of them is right."""
+    name, keys = f"flip {nodes}x{per_node}", (*STEPS, f"batch.sequences={sequences}", "output.divergence_every=5")
+    ends, told = node_runs.train(name, nodes, per_node, *keys, who=who, fault=f"flip {EXPERTS_WEIGHT}@forward")
+    assert ends == [("done", 1)] * (nodes * per_node), told
+    for text in told:
+        assert f"error[N0510]: the ranks do not hold the same `{EXPERTS_WEIGHT}`: {said}\n" in text
+        assert "--> step 5, before its update\n" in text
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
