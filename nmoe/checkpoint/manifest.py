@@ -135,12 +135,12 @@ class Manifest:
         identity = Identity(
             run=_text(fields["run"], "run"),
             lineage=_text(fields["lineage"], "lineage"),
-            attempt=_integer(fields["attempt"], "attempt"),
+            attempt=_attempt(fields["attempt"]),
             fingerprint=_sha256(fields["fingerprint"], "fingerprint"),
             sections=_digests(fields["sections"], "sections"),
             tree_digest=_sha256(fields["tree_digest"], "tree_digest"),
             data=_digests(fields["data"], "data"),
-            environment=_mapping(fields["environment"], "environment"),
+            environment=_environment(fields["environment"]),
         )
         manifest = cls(
             step=_step(fields["step"]),
@@ -279,6 +279,17 @@ def _integer(value: Any, what: str) -> int:
     if type(value) is not int or value < 0:
         raise Damage(f"has in {what} no count: {value!r:.80}")
     return value
+
+
+def _attempt(value: Any) -> int:
+    if not 1 <= _integer(value, "attempt") < 2**31:
+        raise Damage(f"has an absurd attempt: {value}")
+    return cast(int, value)
+
+
+def _environment(value: Any) -> dict[str, Any]:
+    fields = _object(value, "environment", ("exact", "recorded"))
+    return {part: _mapping(record, f"environment.{part}") for part, record in fields.items()}
 
 
 def _step(value: Any) -> int:

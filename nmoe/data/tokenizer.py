@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nmoe import strict_json
+from nmoe.data import files
 from nmoe.errors import ConfigError, Diagnostic
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -43,8 +45,7 @@ def _bad_file(path: str | Path, message: str, *, help: str, line: int = 0) -> Co
 def _read(path: str | Path) -> bytes:
     """The file's bytes, at most 256 MiB of them."""
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        content = files.read(Path(path), limit=MAX_FILE_BYTES)
     except OSError as error:
         raise _bad_file(path, f"the tokenizer cannot be read: {error.strerror}", help="check the path") from error
     if len(content) > MAX_FILE_BYTES:
@@ -118,9 +119,9 @@ class HuggingFaceTokenizer:
 
         self.content = content = _read(path)
         try:
-            specification = json.loads(content)
+            specification = strict_json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise _bad_file(
                 path, f"not a tokenizer.json: {error}", help="give the file that tokenizers' `save` wrote"
             ) from error
@@ -179,7 +180,8 @@ class HuggingFaceTokenizer:
 def _uses(decoder: Any, kind: str) -> bool:
     if not isinstance(decoder, dict):
         return False
-    return decoder.get("type") == kind or any(_uses(part, kind) for part in decoder.get("decoders", ()))
+    parts = decoder.get("decoders")
+    return decoder.get("type") == kind or (isinstance(parts, list) and any(_uses(part, kind) for part in parts))
 
 
 def _bytes_of(token: str, *, byte_level: bool, plain: bool) -> int:
@@ -276,6 +278,8 @@ def _parse_ranks(path: str | Path, content: bytes) -> dict[bytes, int]:
         if not token or token in ranks or rank != len(ranks):
             raise _bad_file(path, f"rank {rank} is out of order or its token is there twice", line=number, help=form)
         ranks[token] = rank
+    if len(ranks) >= MAX_VOCAB:
+        raise _bad_file(path, f"it has {len(ranks)} ranks", help="fewer than 2^24 are possible")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise _bad_file(path, f"byte {missing[0]:#04x} has no rank, so not every text can be encoded", help=form)

@@ -43,13 +43,13 @@ class Count:
             return
         except (Exception, Hang) as error:
             self.tracebacks += 1
-            self._keep(f"{what}: {type(error).__name__}: {str(error)[:200]}")
+            self.keep(f"{what}: {type(error).__name__}: {str(error)[:200]}")
             return
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # of a library in Rust, which derives it so
                 raise
             self.tracebacks += 1
-            self._keep(f"{what}: {error}")
+            self.keep(f"{what}: {error}")
             return
         self.accepted += 1
         for fault in judge(answer):
@@ -57,9 +57,9 @@ class Count:
 
     def fault(self, what: str, fault: str) -> None:
         self.wrong += 1
-        self._keep(f"{what}: {fault}")
+        self.keep(f"{what}: {fault}")
 
-    def _keep(self, text: str) -> None:
+    def keep(self, text: str) -> None:
         if len(self.said) < KEPT:
             self.said.append(text.encode("ascii", "backslashreplace").decode()[:600])
 

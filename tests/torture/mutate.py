@@ -14,6 +14,8 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 """What may stand in the place of a value: of every type, at every edge."""
 
+DEEP = tuple("[" * depth + "]" * depth for depth in (500, 900, 10_000))
+
 
 def deep(depth: int) -> Any:
     """Lists in lists."""
@@ -76,7 +78,7 @@ def of_value(draws: random.Random, value: Any) -> Any:
             other = draws.choice(_places(changed))
             _add(other, str(key), copy.deepcopy(place[key]))
         elif what == 4 and key is not None:
-            place[key] = deep(draws.choice((3, 20, 300, 700)))
+            place[key] = deep(draws.choice((3, 20, 100)))
         elif what == 5 and key is not None and isinstance(place[key], int):
             place[key] += draws.choice((-1, 1, 2**20, 2**60, -place[key] - 1))
         elif what == 6 and key is not None and isinstance(place, list):
@@ -101,7 +103,7 @@ def of_json(draws: random.Random, value: Any, *, indent: int | None = None) -> b
         else:
             digits = [i for i, c in enumerate(text) if c.isdigit()]
             at = draws.choice(digits) if digits else 0
-            text = text[:at] + draws.choice(("1e3", "-", "0x1", "9" * 5000, "1.0", "NaN", "Infinity")) + text[at + 1 :]
+            text = text[:at] + draws.choice(("1e3", "-", "0x1", "9" * 5000, "1.0", "NaN", "Infinity", *DEEP)) + text[at + 1 :]
     try:
         return text.encode("utf-8", draws.choice(("surrogatepass", "strict")))
     except UnicodeEncodeError:
