@@ -28,10 +28,10 @@ def write(directory: Path, fields: dict[str, Any]) -> None:
     write_whole(directory / NAME, json.dumps({**fields, "seal": _seal(fields)}, indent=1).encode("ascii"))
 
 
-def read(directory: Path, *, splits: Sequence[str], item_bytes: int) -> dict[str, Any]:
+def read(directory: Path, *, request: str, splits: Sequence[str], item_bytes: int) -> dict[str, Any]:
     """The fields without the seal. RunError N0262 unless they are what `write` was given, and fit together.
 
-    splits: the parts that the request makes; another request's journal may have others. item_bytes: of a token.
+    request: of another one nothing but its digest is looked at. splits: the parts that it makes. item_bytes: of a token.
     """
     path = directory / NAME
     try:
@@ -42,7 +42,9 @@ def read(directory: Path, *, splits: Sequence[str], item_bytes: int) -> dict[str
         _require(journal.keys() == {"request", "next_batch", "inputs_sha256", "documents", "empty", "splits"})
         _require(isinstance(journal["request"], str) and isinstance(journal["splits"], dict))
         _require(all(_is_count(journal[key]) for key in ("next_batch", "documents", "empty")))
-        if journal["next_batch"] and journal["splits"].keys() == set(splits):
+        if journal["request"] == request:
+            _require(journal["splits"].keys() == set(splits))
+        if journal["request"] == request and journal["next_batch"]:
             _require(_is_sha256(journal["inputs_sha256"]))
             for state in journal["splits"].values():
                 _check_split(state, item_bytes)

@@ -172,8 +172,11 @@ class _Preparation:
                 raise _occupied(self.output, f"the directory is not empty: it holds `{sorted(found)[0].name}`")
             self._write_journal(dict.fromkeys(self.request.splits), "")
             return None
-        stored = journal.read(self.output, splits=self.request.splits, item_bytes=self.tokenizer.dtype.itemsize)
-        if stored["request"] != self.request.digest(self.tokenizer):
+        request = self.request.digest(self.tokenizer)
+        stored = journal.read(
+            self.output, request=request, splits=self.request.splits, item_bytes=self.tokenizer.dtype.itemsize
+        )
+        if stored["request"] != request:
             raise _occupied(self.output, "an unfinished preparation with other options or another tokenizer lies here")
         return stored
 

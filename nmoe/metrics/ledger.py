@@ -126,8 +126,6 @@ def read(path: Path, *, step: int, run: str) -> pa.Table:
         if status.st_size > LARGEST:
             raise _damaged(path, f"has {status.st_size} bytes, more than the {LARGEST} that a step may have")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if file.metadata.num_rows > LARGEST:
-                raise _damaged(path, f"claims {file.metadata.num_rows} rows")
             table = _whole(path, file)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as cause:
         raise _damaged(path, f"cannot be read: {str(cause).splitlines()[0] if str(cause) else cause!r}") from cause
@@ -163,7 +161,10 @@ def _whole(path: Path, file: pq.ParquetFile) -> pa.Table:
         if size > LARGEST:
             raise _damaged(path, f"unpacks to more than the {LARGEST} bytes that a step may have")
         pieces.append(piece)
-    return pa.Table.from_batches(pieces, file.schema_arrow)
+    table = pa.Table.from_batches(pieces, file.schema_arrow)
+    if table.num_rows != file.metadata.num_rows:
+        raise _damaged(path, f"claims {file.metadata.num_rows} rows and has {table.num_rows}")
+    return table
 
 
 def verify(directory: Path) -> int:

@@ -89,7 +89,7 @@ def owned(run: Path, purpose: str) -> Iterator[Owner | None]:
 def read_owner(run: Path) -> Owner | None:
     """The record of the last owner, None if there is none; RunError N0312 if it cannot be read as one."""
     path = run / OWNER
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is no proof either
         return None
     try:
         fields: Any = strict_json.loads(disk.read(path, limit=1 << 16))

@@ -6,16 +6,18 @@ Where a seal or a digest would stop a change at the door, one of two is sealed a
 import hashlib
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from nmoe.data.manifest import BLOCK_BYTES
-from tests.torture import mutate
+from tests.torture import mutate, trainings
 from tests.torture.campaign import Tally
 from tests.torture.fuzz_case import Count
 from tests.torture.fuzz_scene import File, of_data, of_run, resealed, restored
@@ -37,6 +39,35 @@ def of_datas(name: str, count: int, directory: Path) -> Tally:
     shares = {"shards' manifest": 5, "journal": 3, "JSON lines": 2, "packed text": 1, "tokenizer.json": 4, "ranks": 3,
               "shard_000000.bin": 1, "blocks.bin": 1, "documents.bin": 2, "token_bytes.bin": 1}  # fmt: skip
     return _cases(name, count, files, shares)
+
+
+def whole(name: str, count: int, directory: Path) -> Tally:
+    """`nmoe train`, by its command line, of a run with a changed file: a status of its own, and no traceback."""
+    files = of_run(directory, "output.stop_after_step=2")
+    found, draws = Count(), random.Random(name)
+    straight = directory / "straight"
+    order = ["HEAD", "checkpoint manifest", "events", "owner", "plan", "environment", "ledger"]
+    for number in range(count):
+        which = order[number % len(order)]
+        file, disk = files[which], directory / "disk"
+        shutil.copytree(straight, disk)
+        _moved(disk)
+        bent = attrs.evolve(file, path=disk / file.path.relative_to(straight))
+        SPECIAL.get(which, _changed)(draws, bent)
+        found.case(f"{name} {number}, {which}", lambda disk=disk: trainings.attempt(disk), _of_training)  # type: ignore[misc]
+        shutil.rmtree(disk)
+    return found.tally()
+
+
+def _moved(disk: Path) -> None:
+    """The run's plan.json says where it is, as if it had been begun there."""
+    plan = disk / "run" / "plan.json"
+    plan.write_text(plan.read_text().replace(str(disk.with_name("straight")), str(disk)))
+
+
+def _of_training(ended: trainings.Ended) -> Iterator[str]:
+    if ended.ends[0] not in ("exit 0", "exit 1", "exit 2") or "Traceback" in ended.said[0]:
+        yield f"{ended.ends[0]}: {ended.said[0][-1500:]}"
 
 
 def _cases(name: str, count: int, files: dict[str, File], shares: dict[str, int]) -> Tally:
@@ -108,6 +139,22 @@ def _shards(draws: random.Random, file: File) -> None:
     else:
         tree = mutate.of_value(draws, tree)
     file.path.write_bytes(json.dumps(tree, sort_keys=True, separators=(",", ":")).encode("ascii"))
+
+
+def _journal(draws: random.Random, file: File) -> None:
+    """A journal changed as it lies there; or changed, and sealed again."""
+    if draws.random() < 0.4:
+        _changed(draws, file)
+        return
+    fields = json.loads(file.path.read_bytes())
+    del fields["seal"]
+    place = draws.choice((fields, fields["splits"], fields["splits"]["train"], fields["splits"]["train"]["shard"]))
+    bent = mutate.of_value(draws, place)
+    if isinstance(bent, dict):
+        place.clear()
+        place.update(bent)
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+    file.path.write_text(json.dumps({**fields, "seal": hashlib.sha256(text.encode()).hexdigest()}))
 
 
 def _table(draws: random.Random, file: File) -> None:
@@ -203,7 +250,7 @@ def _other_rows(draws: random.Random, table: Any) -> Any:
 
 ROWS: tuple[Callable[[random.Random, Any], Any], ...] = (_strange_value, _strange_value, _invalid_text, _other_type, _other_rows)
 SPECIAL: dict[str, Callable[[random.Random, File], None]] = {
-    "checkpoint manifest": _checkpoint, "shards' manifest": _shards, "ledger": _ledger,
+    "checkpoint manifest": _checkpoint, "shards' manifest": _shards, "journal": _journal, "ledger": _ledger,
     **dict.fromkeys(("shard_000000.bin", "blocks.bin", "documents.bin", "token_bytes.bin"), _table),
 }  # fmt: skip
-KINDS = {"run": of_runs, "data": of_datas}
+KINDS = {"run": of_runs, "data": of_datas, "train": whole}

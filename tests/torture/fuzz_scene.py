@@ -33,6 +33,7 @@ from nmoe.train.state import TrainState
 from tests.torture import fuzz_judges as judges
 from tests.torture import trainings
 
+LARGEST = 1 << 24  # of the files that are read; what is larger is a case's own
 TEXT = "The rain it raineth every day.\nWith hey, ho, the wind and the rain: é \U0001f600 0123456789.\n"
 
 
@@ -68,7 +69,8 @@ def _content(path: Path) -> Any:
         return None
     if path.is_dir():
         return {one.relative_to(path): _content(one) for one in path.rglob("*") if not one.is_dir()}
-    return path.read_bytes() if path.is_file() else path.stat().st_ino
+    status = path.stat()
+    return path.read_bytes() if path.is_file() and status.st_size <= LARGEST else status.st_ino
 
 
 def _put_back(path: Path, content: Any) -> None:
@@ -86,14 +88,16 @@ def _put_back(path: Path, content: Any) -> None:
         path.write_bytes(content)
 
 
-def of_run(directory: Path) -> dict[str, File]:
-    """The files of a run of three steps, made there; this process can fork trainings from then on."""
-    trainings.begin(directory)
+def of_run(directory: Path, *sets: str) -> dict[str, File]:
+    """The files of a run of three steps, made there; this process can fork trainings from then on.
+
+    sets: keys beside, as to stop before its end.
+    """
+    trainings.begin(directory, *sets)
     disk = directory / "straight"
     shutil.copytree(disk, directory / "twin")
     here = disk / "run"
-    sets = trainings.command(disk)[3::2]
-    plan, text = resolve(trainings.SMALL, sets), trainings.SMALL.read_text()
+    plan, text = resolve(trainings.SMALL, trainings.command(disk, *sets)[3::2]), trainings.SMALL.read_text()
     checkpoints = here / "checkpoints"
     step = reader.head_step(checkpoints)
     manifest = checkpoints / f"step_{step:08d}" / "manifest.json"
@@ -124,7 +128,8 @@ def of_run(directory: Path) -> dict[str, File]:
     owner.write_text(json.dumps(attrs.asdict(this_process("nmoe train")), indent=1) + "\n")  # died as the owner
 
     def owned() -> bytes:
-        content = owner.read_bytes()
+        plain = owner.is_file() and owner.stat().st_size <= LARGEST
+        content = owner.read_bytes() if plain else b""
         opened()
         return content
 

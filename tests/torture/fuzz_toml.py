@@ -9,7 +9,7 @@ import io
 import random
 import tomllib
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from math import nextafter
 from pathlib import Path
 from typing import Any
@@ -145,10 +145,12 @@ def parents(name: str, count: int, directory: Path) -> Tally:
              "{}", "['parent.toml']", '"./././parent.toml"', "'\ud800'")  # fmt: skip
     for number in range(count):
         text = draws.choice(texts())
-        bent = mutate.of_bytes(draws, text.encode(), WORDS) if draws.random() < 0.5 else _bent_lines(draws, text)
-        target = names[0] if draws.random() < 0.5 else draws.choice(names)
-        parent.write_bytes(bent)
-        rest = _bent_lines(draws, draws.choice(('[random]\nseed = 3\n', '[model]\nnum_layers = 2\n', "", text)))
+        bent = draws.choice((lambda text: text.encode(), partial(_bent_lines, draws),
+                             lambda text: mutate.of_bytes(draws, text.encode(), WORDS)))  # fmt: skip
+        target = names[0] if draws.random() < 0.7 else draws.choice(names)
+        parent.write_bytes(bent(text))
+        some = draws.choice(('[random]\nseed = 3\n', '[model]\nnum_layers = 2\n', "", "[output]\nprefetch = 4\n", text))
+        rest = some.encode() if draws.random() < 0.5 else _bent_lines(draws, some)
         child.write_bytes(f"extends = {target}\n".encode("utf-8", "surrogatepass") + rest)
         _printed(found, f"{name} {number}", child)
     return found.tally()
