@@ -1,7 +1,8 @@
 """JSON from outside (RFC 8259), read by the book: what readers of it could disagree on is refused.
 
-Python's own reader takes the last of two equal keys, NaN, numbers that overflow to infinity, UTF-16, lone surrogates, and
-nests as deep as its stack. Each of them would be one thing here and another to the next reader, or fail far from the file.
+Python's own reader takes the last of two equal keys, NaN, numbers that overflow to infinity, UTF-16, lone surrogates,
+and nests as deep as its stack. Each of them would be one thing here and another to the next reader, or fail far from
+the file.
 """
 
 import json

@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli": {"train", "graph", "checkpoint", "eval", "report", "bench", "export", "plan", "registry", "platform"}
     | RUNTIME,
 }
-LIGHT = {"", "errors", "variables", "part", "sharding", "slices", "strict_json", "rng", "registry", "plan", "cli", "__main__"}
+LIGHT = {"", "errors", "variables", "part", "sharding", "slices", "strict_json", "rng", "registry", "plan", "cli",
+         "__main__"}  # fmt: skip
 
 
 def modules():

@@ -31,7 +31,7 @@ def write(directory: Path, fields: dict[str, Any]) -> None:
 def read(directory: Path, *, request: str, splits: Sequence[str], item_bytes: int) -> dict[str, Any]:
     """The fields without the seal. RunError N0262 unless they are what `write` was given, and fit together.
 
-    request: of another one nothing but its digest is looked at. splits: the parts that it makes. item_bytes: of a token.
+    request: of another one only the digest is looked at. splits: the parts that it makes. item_bytes: of a token.
     """
     path = directory / NAME
     try:

@@ -27,6 +27,7 @@ from nmoe.errors import ConfigError, Diagnostic
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_VOCAB = 2**24
+SAID = 300  # characters of a library's word for what is wrong: it may quote the whole file
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -121,13 +122,9 @@ class HuggingFaceTokenizer:
         try:
             specification = strict_json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except ValueError as error:
+        except Exception as error:  # the library raises plain Exception for most faults of the file
             raise _bad_file(
-                path, f"not a tokenizer.json: {error}", help="give the file that tokenizers' `save` wrote"
-            ) from error
-        except Exception as error:  # the library raises plain Exception for every fault of the file
-            raise _bad_file(
-                path, f"tokenizers cannot read it: {error}", help="give the file that tokenizers' `save` wrote"
+                path, f"not a tokenizer.json: {str(error)[:SAID]}", help="give the file that tokenizers' `save` wrote"
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

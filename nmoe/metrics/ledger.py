@@ -42,7 +42,7 @@ COLUMNS = pa.schema(
 LARGEST = 1 << 28
 """Bytes that one step's file may have."""
 
-PIECE = 1 << 12
+PIECE = 1 << 8
 """Rows that are read at once."""
 
 _NAME = re.compile(r"step_(\d{8,})\.parquet")

@@ -2,7 +2,8 @@
 
     SECTION (KIND) KEY: TYPE; BOUNDS; required
 
-The golden file is read by the fuzz campaign's own judge of what a plan may hold: a bound that moves has to move there too.
+The golden file is read by the fuzz campaign's own judge of what a plan may hold: a bound that moves has to move there
+too.
 """
 
 import typing

@@ -1,7 +1,8 @@
 """Whatever nmoe parses, from hostile hands: configs, and every file that it reads back from the disk.
 
-A case is one text or file, changed as its batch's name draws it. It must be accepted or refused in nmoe's own words; what
-is accepted must be what the schema allows, by a judge that shares no line with the reader (`fuzz_keys`, `fuzz_judges`).
+A case is one text or file, changed as its batch's name draws it. It must be accepted or refused in nmoe's own words;
+what is accepted must be what the schema allows, by a judge that shares no line with the reader (`fuzz_keys`,
+`fuzz_judges`).
 """
 
 from functools import partial

@@ -97,9 +97,7 @@ def _files(name: str, directory: Path) -> dict[str, File]:
         stored = object_path(head.path.parent, sha256)
         config.write_text("[model]\n")
         files["object"] = attrs.evolve(head, path=stored, around=(*head.around, stored), judge=nothing)
-        files["config"] = File(
-            path=config, read=lambda: resolve(config), judge=nothing, kind="text", around=(config,)
-        )
+        files["config"] = File(path=config, read=lambda: resolve(config), judge=nothing, kind="text", around=(config,))
     return files
 
 
@@ -166,8 +164,8 @@ def _sparse(path: Path, sample: bytes) -> None:
 
 
 def _socket(path: Path, sample: bytes) -> None:
-    here = os.getcwd()
-    os.chdir(path.parent)
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket may have 108 bytes
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(path.name)
     os.chdir(here)
@@ -240,7 +238,9 @@ def _rows_repeated(rows: int, label: str) -> Callable[[Path, bytes], None]:
             columns.append(pa.nulls(rows, field.type) if value is None else column)
             fields.append(pa.field(field.name, columns[-1].type, nullable=field.nullable))
         table = pa.table(columns, schema=pa.schema(fields))
-        with pq.ParquetWriter(path, table.schema, compression="zstd", write_page_checksum=True, store_schema=False) as writer:
+        with pq.ParquetWriter(
+            path, table.schema, compression="zstd", write_page_checksum=True, store_schema=False
+        ) as writer:
             writer.write_table(table)
 
     return make

@@ -22,7 +22,20 @@ from tests.torture.campaign import Tally
 from tests.torture.fuzz_case import Count
 from tests.torture.fuzz_scene import File, of_data, of_run, resealed, restored
 
-JSON_WORDS = (b"null", b"true", b"-1", b"1e9", b"NaN", b"[]", b"{}", b'""', b'"x":1,', b"\\ud800", b"\\u0000", b"9" * 400)
+JSON_WORDS = (
+    b"null",
+    b"true",
+    b"-1",
+    b"1e9",
+    b"NaN",
+    b"[]",
+    b"{}",
+    b'""',
+    b'"x":1,',
+    b"\\ud800",
+    b"\\u0000",
+    b"9" * 400,
+)
 TABLES = {"blocks.bin": "blocks_sha256", "documents.bin": "documents_sha256", "token_bytes.bin": "token_bytes_sha256"}
 
 
@@ -101,9 +114,9 @@ def _changed(draws: random.Random, file: File) -> None:
         lines = content.splitlines(keepends=True)
         at = draws.randrange(len(lines))
         token, rank = lines[at].split()
-        other = draws.choice((b"%s %d\n" % (token, int(rank) + draws.choice((-1, 1, 10**6))), b"%s\n" % rank, b"\n", lines[0],
-                              b"%s %s %s\n" % (token, rank, rank), b"!%s %s\n" % (token, rank), b" %s\n" % rank))  # fmt: skip
-        lines[at] = other
+        numbered = b"%s %d\n" % (token, int(rank) + draws.choice((-1, 1, 10**6)))
+        twice, spoilt = b"%s %s %s\n" % (token, rank, rank), b"!%s %s\n" % (token, rank)
+        lines[at] = draws.choice((numbered, twice, spoilt, b"%s\n" % rank, b" %s\n" % rank, b"\n", lines[0]))
         file.path.write_bytes(b"".join(lines))
 
 
@@ -115,7 +128,9 @@ def _checkpoint(draws: random.Random, file: File) -> None:
     step, fields = int(file.path.parent.name[5:]), json.loads(file.path.read_bytes())
     if draws.random() < 0.3:
         tensor = draws.choice(list(fields["tensors"].values()))
-        tensor["shape"] = draws.choice(([2**60], [2**30, 2**30], [-1, -1], [0], [], [1] * 20, [2**24, 2**24], [1.0], ["1"], [True]))
+        tensor["shape"] = draws.choice(
+            ([2**60], [2**30, 2**30], [-1, -1], [0], [], [1] * 20, [2**24, 2**24], [1.0], ["1"], [True])
+        )
         tensor["slices"] = draws.choice(([], tensor["slices"], ["0" * 64] * 3, ["../" * 21 + "x"], [None]))
     else:
         where = draws.choice(("state", "tensors", "environment", "identity"))
@@ -158,14 +173,16 @@ def _journal(draws: random.Random, file: File) -> None:
 
 
 def _table(draws: random.Random, file: File) -> None:
-    """The bytes of a shard or a table, or numbers that no writer writes; with the digests of what is there, or without."""
+    """The bytes of a shard or a table, or numbers that no writer writes; with the digests of what is there, or not."""
     content = file.path.read_bytes()
     if file.path.name in ("documents.bin", "token_bytes.bin") and draws.random() < 0.7:
         width = "<u8" if file.path.name == "documents.bin" else "<u4"
         row = np.frombuffer(content, width).copy()
         for _ in range(draws.choice((1, 1, 2, 3))):
             top = np.iinfo(row.dtype).max
-            row[draws.randrange(len(row))] = draws.choice((0, 1, top, top // 2, top // 2 + 1, top // 2 + 2, top // 4 + 1, len(row)))
+            row[draws.randrange(len(row))] = draws.choice(
+                (0, 1, top, top // 2, top // 2 + 1, top // 2 + 2, top // 4 + 1, len(row))
+            )
         bent = (np.sort(row)[::-1] if draws.random() < 0.1 else row).tobytes()
     else:
         bent = mutate.of_bytes(draws, content)
@@ -182,7 +199,9 @@ def _seal_shards(directory: Path) -> None:
     for shard in tree["shards"]:
         content = (directory / shard["file"]).read_bytes()
         shard |= {"num_tokens": len(content) // 2, "sha256": hashlib.sha256(content).hexdigest()}
-        blocks += [hashlib.sha256(content[at : at + BLOCK_BYTES]).digest() for at in range(0, len(content), BLOCK_BYTES)]
+        blocks += [
+            hashlib.sha256(content[at : at + BLOCK_BYTES]).digest() for at in range(0, len(content), BLOCK_BYTES)
+        ]
     tree["num_tokens"] = sum(shard["num_tokens"] for shard in tree["shards"])
     tree["num_documents"] = (directory / "documents.bin").stat().st_size // 8
     if (directory / "blocks.bin").read_bytes()[:1]:
@@ -196,7 +215,9 @@ def _seal_shards(directory: Path) -> None:
 def _ledger(draws: random.Random, file: File) -> None:
     """Bytes of a Parquet file; or one that is whole, of rows that no writer writes."""
     if draws.random() < 0.5:
-        file.path.write_bytes(mutate.of_bytes(draws, file.path.read_bytes(), (b"PAR1", b"\x15\x04", b"\xff" * 5, b"\x7f" * 8)))
+        file.path.write_bytes(
+            mutate.of_bytes(draws, file.path.read_bytes(), (b"PAR1", b"\x15\x04", b"\xff" * 5, b"\x7f" * 8))
+        )
         return
     table = draws.choice(ROWS)(draws, pq.read_table(file.path))
     checked = draws.random() < 0.9
@@ -213,7 +234,10 @@ def _with_column(table: Any, name: str, values: Any) -> Any:
 def _strange_value(draws: random.Random, table: Any) -> Any:
     name = draws.choice(table.column_names)
     kind, values = table.schema.field(name).type, table.column(name).to_pylist()
-    some = {"string": ["", "\x00", "é", "x" * 5000, "../x", "\x1b[31m"], "double": [float("nan"), float("inf"), -0.0, 1e308]}
+    some = {
+        "string": ["", "\x00", "é", "x" * 5000, "../x", "\x1b[31m"],
+        "double": [float("nan"), float("inf"), -0.0, 1e308],
+    }
     at = draws.randrange(len(values))
     values[at] = draws.choice(some.get(str(kind), [0, -1, 2**31 - 1, -(2**31)]))
     if draws.random() < 0.3:
@@ -231,12 +255,16 @@ def _invalid_text(draws: random.Random, table: Any) -> Any:
 
 def _other_type(draws: random.Random, table: Any) -> Any:
     name = draws.choice(table.column_names)
-    kind = draws.choice((pa.string(), pa.int8(), pa.int64(), pa.float32(), pa.large_string(), pa.bool_(), pa.binary(), pa.null()))
+    kind = draws.choice(
+        (pa.string(), pa.int8(), pa.int64(), pa.float32(), pa.large_string(), pa.bool_(), pa.binary(), pa.null())
+    )
     at = table.schema.get_field_index(name)
     try:
         return table.set_column(at, pa.field(name, kind), table.column(name).cast(kind))
     except (pa.ArrowException, ValueError):
-        return table.set_column(at, pa.field(name, pa.list_(pa.int32())), pa.array([[1]] * len(table), pa.list_(pa.int32())))
+        return table.set_column(
+            at, pa.field(name, pa.list_(pa.int32())), pa.array([[1]] * len(table), pa.list_(pa.int32()))
+        )
 
 
 def _other_rows(draws: random.Random, table: Any) -> Any:
@@ -248,7 +276,13 @@ def _other_rows(draws: random.Random, table: Any) -> Any:
                          table.select(table.column_names[::-1])))  # fmt: skip
 
 
-ROWS: tuple[Callable[[random.Random, Any], Any], ...] = (_strange_value, _strange_value, _invalid_text, _other_type, _other_rows)
+ROWS: tuple[Callable[[random.Random, Any], Any], ...] = (
+    _strange_value,
+    _strange_value,
+    _invalid_text,
+    _other_type,
+    _other_rows,
+)
 SPECIAL: dict[str, Callable[[random.Random, File], None]] = {
     "checkpoint manifest": _checkpoint, "shards' manifest": _shards, "journal": _journal, "ledger": _ledger,
     **dict.fromkeys(("shard_000000.bin", "blocks.bin", "documents.bin", "token_bytes.bin"), _table),

@@ -1,4 +1,4 @@
-"""What is wrong with an answer that a reader of nmoe gave: every judge parses the file itself, with the standard library."""
+"""What is wrong with what a reader of nmoe answered: each judge parses the file itself, with the standard library."""
 
 import json
 import re
@@ -62,7 +62,11 @@ def of_checkpoint(answer: dict[str, Any]) -> Iterator[str]:
         return
     if faults:
         return
-    if head.keys() != {"manifest", "step", "version"} or not HEX.fullmatch(head["manifest"]) or type(head["step"]) is not int:
+    if (
+        head.keys() != {"manifest", "step", "version"}
+        or not HEX.fullmatch(head["manifest"])
+        or type(head["step"]) is not int
+    ):
         yield f"the HEAD {head!r:.100}"
     fields, faults = _parsed(answer["content"])
     yield from faults
@@ -86,7 +90,9 @@ def of_checkpoint(answer: dict[str, Any]) -> Iterator[str]:
     state, step = fields["state"], fields["step"]
     if state.keys() != STATE.keys() or any(below and state[name].keys() != below for name, below in STATE.items()):
         yield f"the state {state!r:.200}"
-    elif not all(map(_count, (state["step"], *(value for name in STATE if name != "step" for value in state[name].values())))):
+    elif not all(
+        map(_count, (state["step"], *(value for name in STATE if name != "step" for value in state[name].values())))
+    ):
         yield f"the counters {state!r:.200}"
     elif state["step"] != step:
         yield f"the state of step {state['step']} in the manifest of step {step}"

@@ -1,7 +1,7 @@
 """Every file that nmoe parses from the disk, and how it reads each: a run that was trained, data that were prepared.
 
-A File says where one lies, what reads it, and what is wrong with an answer that its reader gave all the same; `restored`
-puts back whatever a case or a reader has changed.
+A File says where one lies, what reads it, and who judges the answer that its reader gave all the same; `restored` puts
+back whatever a case or a reader has changed.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,9 @@ from nmoe.cli.main import run
 from nmoe.data.prepare import Progress, Request, prepare
 from nmoe.data.shards import ShardSource, open_shards
 from nmoe.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, TiktokenTokenizer, Tokenizer
+from nmoe.errors import NmoeError
 from nmoe.metrics import ledger
+from nmoe.metrics.reader import last_value
 from nmoe.plan.resolve import resolve
 from nmoe.rdep.control import Control
 from nmoe.report.run import read_run
@@ -39,7 +42,7 @@ TEXT = "The rain it raineth every day.\nWith hey, ho, the wind and the rain: é 
 
 @attrs.frozen(kw_only=True)
 class File:
-    """path: where it lies. read: all that nmoe does with it; its answer is judged. indent: of its JSON; None: on one line.
+    """path: where it lies. read: all that nmoe does with it; judge: of its answer. indent: of its JSON; None: one line.
 
     around: what else reading may change, or a case does. kind: "json", "lines" (of JSON), "text" or "bytes".
     """
@@ -101,12 +104,18 @@ def of_run(directory: Path, *sets: str) -> dict[str, File]:
     checkpoints = here / "checkpoints"
     step = reader.head_step(checkpoints)
     manifest = checkpoints / f"step_{step:08d}" / "manifest.json"
-    tops = tuple(here / name for name in ("events.jsonl", "owner.json", "plan.json", "env.json", "config.toml", "resolved.toml"))
+    tops = tuple(
+        here / name for name in ("events.jsonl", "owner.json", "plan.json", "env.json", "config.toml", "resolved.toml")
+    )
     ends = (checkpoints / "HEAD", manifest, here / "error.json", *tops)
 
     def opened() -> dict[str, Any]:
         with RunDir.open(plan, config_text=text) as run_dir:
-            return {"lineage": run_dir.lineage, "attempt": run_dir.attempt, "events": (here / "events.jsonl").read_bytes()}
+            return {
+                "lineage": run_dir.lineage,
+                "attempt": run_dir.attempt,
+                "events": (here / "events.jsonl").read_bytes(),
+            }
 
     def saved() -> dict[str, Any]:
         found = reader.open_head(checkpoints, Control.alone())
@@ -133,18 +142,27 @@ def of_run(directory: Path, *sets: str) -> dict[str, File]:
         opened()
         return content
 
-    found = {
-        "HEAD": File(path=checkpoints / "HEAD", read=saved, judge=judges.of_checkpoint, kind="json", around=ends),
-        "checkpoint manifest": File(path=manifest, read=saved, judge=judges.of_checkpoint, kind="json", around=ends),
-        "events": File(path=here / "events.jsonl", read=opened, judge=judges.of_events, kind="lines", around=ends),
-        "owner": File(path=owner, read=owned, judge=judges.of_owner, kind="json", around=ends, indent=1),
-        "plan": File(path=here / "plan.json", read=looked_at, judge=judges.of_looks, kind="json", around=ends, indent=1),
-        "environment": File(path=here / "env.json", read=looked_at, judge=judges.of_looks, kind="json", around=ends, indent=1),
-        "ledger": File(
-            path=rows, read=lambda: ledger.read(rows, step=step, run="run"), judge=judges.of_rows, kind="bytes", around=(rows,),
-        ),
-    }  # fmt: skip
-    return found
+    def recorded() -> Any:
+        refused = None
+        try:
+            table = ledger.read(rows, step=step, run="run")
+        except NmoeError as error:
+            refused = error
+        last_value(rows.parent, "eval/bits_per_byte")  # by another library, which has to get through on its own
+        if refused is not None:
+            raise refused
+        return table
+
+    file, json_file = partial(File, around=ends), partial(File, around=ends, kind="json")
+    return {
+        "HEAD": json_file(path=checkpoints / "HEAD", read=saved, judge=judges.of_checkpoint),
+        "checkpoint manifest": json_file(path=manifest, read=saved, judge=judges.of_checkpoint),
+        "events": file(path=here / "events.jsonl", read=opened, judge=judges.of_events, kind="lines"),
+        "owner": json_file(path=owner, read=owned, judge=judges.of_owner, indent=1),
+        "plan": json_file(path=here / "plan.json", read=looked_at, judge=judges.of_looks, indent=1),
+        "environment": json_file(path=here / "env.json", read=looked_at, judge=judges.of_looks, indent=1),
+        "ledger": File(path=rows, read=recorded, judge=judges.of_rows, kind="bytes", around=(rows,)),
+    }
 
 
 def spoken(words: list[str]) -> tuple[int, str]:
@@ -204,17 +222,19 @@ def of_data(directory: Path) -> dict[str, File]:
 
         return act
 
-    files = {
-        "shards' manifest": File(
-            path=train / "manifest.json", read=opened, judge=judges.of_shards, kind="json", around=(train,)),
-        "journal": File(path=cut / "prepare.json", read=continued, judge=judges.of_journal, kind="json", around=(cut,), indent=1),
-        "JSON lines": File(path=documents, read=prepared(documents), judge=judges.of_shards, kind="lines", around=(documents,)),
-        "packed text": File(path=packed, read=prepared(packed), judge=judges.of_shards, kind="bytes", around=(packed,)),
+    shards = partial(File, judge=judges.of_shards)
+    inside = partial(shards, read=opened, around=(train,))
+    return {
+        "shards' manifest": inside(path=train / "manifest.json", kind="json"),
+        **{f"{name}.bin": inside(path=train / f"{name}.bin", kind="bytes")
+           for name in ("shard_000000", "blocks", "documents", "token_bytes")},
+        "journal": File(
+            path=cut / "prepare.json", read=continued, judge=judges.of_journal, kind="json", around=(cut,), indent=1
+        ),
+        "JSON lines": shards(path=documents, read=prepared(documents), kind="lines", around=(documents,)),
+        "packed text": shards(path=packed, read=prepared(packed), kind="bytes", around=(packed,)),
         **of_tokenizers(directory),
     }  # fmt: skip
-    for name in ("shard_000000.bin", "blocks.bin", "documents.bin", "token_bytes.bin"):
-        files[name] = File(path=train / name, read=opened, judge=judges.of_shards, kind="bytes", around=(train,))
-    return files
 
 
 def of_tokenizers(directory: Path) -> dict[str, File]:
@@ -229,7 +249,8 @@ def of_tokenizers(directory: Path) -> dict[str, File]:
     trained.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trained.train_from_iterator(
-        [TEXT] * 4, trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False)
+        [TEXT] * 4,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False),
     )
     pairs, ranks = directory / "tokenizer.json", directory / "ranks.tiktoken"
     trained.save(str(pairs), pretty=False)
@@ -255,7 +276,7 @@ def of_tokenizers(directory: Path) -> dict[str, File]:
 
 
 def resealed(checkpoints: Path, step: int, fields: Any) -> None:
-    """Puts that manifest in HEAD's place with the seals and hashes that a save of it would have, as far as it can have any."""
+    """Puts that manifest in HEAD's place with the seals and hashes that a save of it would have, if it can have any."""
     if isinstance(fields, dict):
         if {"state", "step", "tensors"} <= fields.keys() and "state_digest" in fields:
             fields["state_digest"] = _digest({key: fields[key] for key in ("state", "step", "tensors")})

@@ -52,7 +52,9 @@ def of_bytes(draws: random.Random, content: bytes, words: Sequence[bytes] = ()) 
             del data[at:until]
             data[other:other] = piece
         elif what == 8:
-            data[at:at] = draws.choice((b"\0", b"\r", b"\n", b"\xef\xbb\xbf", b"\xff\xfe", b'"', b"{", b"[", b"}", b"-"))
+            data[at:at] = draws.choice(
+                (b"\0", b"\r", b"\n", b"\xef\xbb\xbf", b"\xff\xfe", b'"', b"{", b"[", b"}", b"-")
+            )
         elif words:
             data[at : draws.choice((at, until))] = draws.choice(words)
     return bytes(data)
@@ -89,7 +91,7 @@ def of_value(draws: random.Random, value: Any) -> Any:
 
 
 def of_json(draws: random.Random, value: Any, *, indent: int | None = None) -> bytes:
-    """The text of a changed value; or of the value itself as no writer writes it: keys doubled, other digits, spaces."""
+    """The text of a changed value; or of the value itself as no writer writes it: keys twice, other digits, spaces."""
     what = draws.randrange(12)
     if what < 9:
         text = json.dumps(of_value(draws, value), indent=indent)
@@ -103,7 +105,11 @@ def of_json(draws: random.Random, value: Any, *, indent: int | None = None) -> b
         else:
             digits = [i for i, c in enumerate(text) if c.isdigit()]
             at = draws.choice(digits) if digits else 0
-            text = text[:at] + draws.choice(("1e3", "-", "0x1", "9" * 5000, "1.0", "NaN", "Infinity", *DEEP)) + text[at + 1 :]
+            text = (
+                text[:at]
+                + draws.choice(("1e3", "-", "0x1", "9" * 5000, "1.0", "NaN", "Infinity", *DEEP))
+                + text[at + 1 :]
+            )
     try:
         return text.encode("utf-8", draws.choice(("surrogatepass", "strict")))
     except UnicodeEncodeError:
