@@ -97,6 +97,7 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
     if metrics is None:
         metrics = _metrics(path, metrics_dir if isinstance(metrics_dir, str) else None, environment, name)
     directory = metrics / name
+    steps = ledger.files(directory) if _is_directory(directory) else {}
     kept = verify.read_kept(path / CHECKPOINTS)
     faulty = {fault.step for fault in kept.faults}
     return Run(
@@ -105,7 +106,7 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
         plan=plan,
         environment=environment,
         ledger=directory,
-        steps=ledger.files(directory),
+        steps=steps,
         manifests={step: kept.manifests[step][0] for step in kept.steps if step not in faulty},
         faults=kept.faults,
     )
@@ -149,7 +150,15 @@ def _metrics(path: Path, metrics_dir: str | None, environment: Mapping[str, Any]
     beside = metrics_directory(path, None)
     started_in = Path(str(environment.get("recorded", {}).get("working_directory", "")))
     told = started_in / metrics_directory(path, metrics_dir)
-    return told if (told / name).is_dir() or not (beside / name).is_dir() else beside
+    return told if _is_directory(told / name) or not _is_directory(beside / name) else beside
+
+
+def _is_directory(path: Path) -> bool:
+    """A name that no file can have is none either: a damaged plan.json may say it."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _environment(path: Path) -> Mapping[str, Any]:

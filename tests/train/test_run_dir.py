@@ -232,6 +232,12 @@ def test_who_is_proven_dead_by_the_lock(tmp_path, changes, dead):
     open_run(tmp_path / "run").close()
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "b"])
+def test_a_directory_that_no_disk_can_have_is_refused(tmp_path, name):
+    with pytest.raises(RunError, match=r"N0301.*name too long"):
+        open_run(tmp_path / name)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"pid": 1}', "[" * 100_000])
 def test_a_broken_record_of_the_owner_is_no_proof(tmp_path, text):
     open_run(tmp_path / "run").close()
