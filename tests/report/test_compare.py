@@ -310,12 +310,14 @@ def test_a_damaged_ledger_is_an_error(straight, tmp_path):
         )
 
 
-@pytest.mark.parametrize("key", ["run_dir", "metrics_dir"])
-def test_a_plan_that_names_a_directory_that_cannot_be_has_no_metrics(straight, tmp_path, key):
-    shutil.copytree(straight.path("straight"), tmp_path / "straight")
+def test_a_plan_that_names_directories_that_cannot_be_has_no_metrics_there(straight, tmp_path):
+    straight.copy("straight", tmp_path)
     path = tmp_path / "straight" / "plan.json"
     stored = json.loads(path.read_text())
-    stored["resolved"]["output"][key] = "a" * 5000
+    stored["resolved"]["output"]["metrics_dir"] = "a" * 5000
+    path.write_text(json.dumps(stored))
+    assert read_run(tmp_path / "straight").ledger == tmp_path / "metrics" / "straight"
+    stored["resolved"]["output"]["run_dir"] = "b" * 5000
     path.write_text(json.dumps(stored))
     assert read_run(tmp_path / "straight").steps == {}
 
