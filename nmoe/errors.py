@@ -62,7 +62,8 @@ class Diagnostic:
         if self.help:
             lines.append(f"{pad} = help: {self.help}")
         lines.extend(f"{pad} = note: {note}" for note in self.notes)
-        return "\n".join(lines)
+        # A damaged file is quoted here; no character of it may steer a terminal.
+        return "\n".join("".join(c if c.isprintable() or c == "\n" else "?" for c in line) for line in lines)
 
 
 class NmoeError(Exception):

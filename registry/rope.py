@@ -28,11 +28,11 @@ class Yarn(Component):
     )
     beta_fast: float = key(
         "a pair that turns so many times within the original context, or more, stays as it is",
-        default=32.0, above=0.0, maximum=1e6,
+        default=32.0, minimum=1e-6, maximum=1e6,
     )
     beta_slow: float = key(
         "a pair that turns so many times, or fewer, becomes `factor` times slower; at most beta_fast",
-        default=1.0, above=0.0, maximum=1e6,
+        default=1.0, minimum=1e-6, maximum=1e6,
     )
     truncate: bool = key(
         "the ramp between the two begins and ends at whole pairs (GPT-OSS: false)", default=True

@@ -121,7 +121,7 @@ class Manifest:
     @classmethod
     def parse(cls, data: bytes) -> "Manifest":
         """The manifest of a file's content; Damage if it is not one."""
-        fields = _object(load(data), "the manifest", _MANIFEST_KEYS)
+        fields = load(data, "the manifest", _MANIFEST_KEYS)
         if fields["version"] != layout.VERSION:
             raise Damage(f"is of format {fields['version']!r}, this program reads {layout.VERSION}")
         seal = _sha256(fields.pop("seal"), "seal")
@@ -135,12 +135,12 @@ class Manifest:
         identity = Identity(
             run=_text(fields["run"], "run"),
             lineage=_text(fields["lineage"], "lineage"),
-            attempt=_integer(fields["attempt"], "attempt"),
+            attempt=_attempt(fields["attempt"]),
             fingerprint=_sha256(fields["fingerprint"], "fingerprint"),
             sections=_digests(fields["sections"], "sections"),
             tree_digest=_sha256(fields["tree_digest"], "tree_digest"),
             data=_digests(fields["data"], "data"),
-            environment=_mapping(fields["environment"], "environment"),
+            environment=_environment(fields["environment"]),
         )
         manifest = cls(
             step=_step(fields["step"]),
@@ -176,7 +176,7 @@ class Head:
     @classmethod
     def parse(cls, data: bytes) -> "Head":
         """The pointer that a file's content holds; Damage if it is none."""
-        fields = _object(load(data), "HEAD", ("manifest", "step", "version"))
+        fields = load(data, "HEAD", ("manifest", "step", "version"))
         if fields["version"] != layout.VERSION:
             raise Damage(f"is of format {fields['version']!r}, this program reads {layout.VERSION}")
         if fields["manifest"] is None:
@@ -186,16 +186,16 @@ class Head:
         return cls(step=_step(fields["step"]), manifest=_sha256(fields["manifest"], "manifest"))
 
 
-def load(data: bytes) -> Any:
-    """The value that `data` is the canonical JSON of; Damage if it is that of none."""
+def load(data: bytes, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """The object of exactly these keys that `data` is the canonical JSON of; Damage if it is that of none."""
     try:
-        value = json.loads(data.decode("utf-8"))
-        plain(value, "the file")
-        if canonical(value) != data:
+        fields = _object(json.loads(data.decode("utf-8")), what, keys)
+        plain(fields, "the file")
+        if canonical(fields) != data:
             raise Damage("is not canonical JSON")
     except (ValueError, TypeError, RecursionError) as cause:
         raise Damage(f"is not canonical JSON: {cause}") from cause
-    return value
+    return fields
 
 
 def plain(value: Any, path: str, depth: int = 0) -> None:
@@ -279,6 +279,17 @@ def _integer(value: Any, what: str) -> int:
     if type(value) is not int or value < 0:
         raise Damage(f"has in {what} no count: {value!r:.80}")
     return value
+
+
+def _attempt(value: Any) -> int:
+    if not 1 <= _integer(value, "attempt") < 2**31:
+        raise Damage(f"has an absurd attempt: {value}")
+    return cast(int, value)
+
+
+def _environment(value: Any) -> dict[str, Any]:
+    fields = _object(value, "environment", ("exact", "recorded"))
+    return {part: _mapping(record, f"environment.{part}") for part, record in fields.items()}
 
 
 def _step(value: Any) -> int:

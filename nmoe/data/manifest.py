@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from nmoe.data import files
 from nmoe.errors import RunError, fail
 
 FORMAT = "nmoe-shards"
@@ -123,8 +124,7 @@ def invalid(path: Path, message: str) -> RunError:
 def read_manifest(path: Path) -> Manifest:
     """Read and check `manifest.json`. Raises RunError N0240 (not there) or N0241 (not valid)."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_MANIFEST_BYTES + 1)
+        content = files.read(path, limit=MAX_MANIFEST_BYTES)
     except OSError as error:
         inside = [split for split in ("train", "heldout") if (path.parent / split / path.name).is_file()]
         hint = f"name its part: {path.parent / inside[0]}" if inside else "make one with `nmoe data prepare`"

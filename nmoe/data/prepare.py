@@ -28,15 +28,14 @@ from typing import Any
 import attrs
 import numpy as np
 
+from nmoe.data import journal
 from nmoe.data.documents import Batch, Record, kind, read_batches
 from nmoe.data.manifest import Manifest
 from nmoe.data.tokenizer import Tokenizer
-from nmoe.data.writer import ShardWriter, damaged, write_whole
+from nmoe.data.writer import ShardWriter
 from nmoe.errors import ConfigError, Diagnostic, RunError, fail
 
 JOURNAL_BYTES = 2**26
-JOURNAL = "prepare.json"
-MAX_JOURNAL_BYTES = 2**28
 
 
 @attrs.frozen(kw_only=True)
@@ -156,39 +155,33 @@ class _Preparation:
         self.documents = self.empty = self.next_batch = self.resumed_bytes = self.unrecorded = 0
         self.resume_at, self.resume_inputs = 0, ""
         states: dict[str, Any] = dict.fromkeys(request.splits)
-        journal = self._read_journal()
-        try:
-            if journal and journal["next_batch"]:
-                states = journal["splits"]
-                self.resume_at, self.resume_inputs = journal["next_batch"], journal["inputs_sha256"]
-                self.documents, self.empty = journal["documents"], journal["empty"]
-            self.writers = {
-                split: ShardWriter(output / split, tokenizer, shard_tokens=request.shard_tokens, state=states[split])
-                for split in request.splits
-            }
-        except (KeyError, TypeError) as error:
-            raise damaged(output / JOURNAL) from error
+        stored = self._read_journal()
+        if stored and stored["next_batch"]:
+            states = stored["splits"]
+            self.resume_at, self.resume_inputs = stored["next_batch"], stored["inputs_sha256"]
+            self.documents, self.empty = stored["documents"], stored["empty"]
+        self.writers = {
+            split: ShardWriter(output / split, tokenizer, shard_tokens=request.shard_tokens, state=states[split])
+            for split in request.splits
+        }
 
     def _read_journal(self) -> dict[str, Any] | None:
-        path = self.output / JOURNAL
-        if not path.exists():
+        if not (self.output / journal.NAME).exists():
             found = list(self.output.iterdir())
             if found:
                 raise _occupied(self.output, f"the directory is not empty: it holds `{sorted(found)[0].name}`")
             self._write_journal(dict.fromkeys(self.request.splits), "")
             return None
-        with path.open("rb") as file:
-            content = file.read(MAX_JOURNAL_BYTES)
-        try:
-            journal = dict(json.loads(content))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise damaged(path) from error
-        if journal.get("request") != self.request.digest(self.tokenizer):
+        request = self.request.digest(self.tokenizer)
+        stored = journal.read(
+            self.output, request=request, splits=self.request.splits, item_bytes=self.tokenizer.dtype.itemsize
+        )
+        if stored["request"] != request:
             raise _occupied(self.output, "an unfinished preparation with other options or another tokenizer lies here")
-        return journal
+        return stored
 
     def _write_journal(self, splits: dict[str, Any], inputs_sha256: str) -> None:
-        journal = {
+        fields = {
             "request": self.request.digest(self.tokenizer),
             "next_batch": self.next_batch,
             "inputs_sha256": inputs_sha256,
@@ -196,7 +189,7 @@ class _Preparation:
             "empty": self.empty,
             "splits": splits,
         }
-        write_whole(self.output / JOURNAL, json.dumps(journal, indent=1).encode("ascii"))
+        journal.write(self.output, fields)
 
     def run(self, workers: int) -> Outcome:
         pool = ThreadPoolExecutor(workers, thread_name_prefix="nmoe-tokenise")
@@ -282,7 +275,7 @@ class _Preparation:
                     help="give more documents or another share to hold out; remove the output directory first",
                 )  # fmt: skip
         manifests = {split: writer.finish() for split, writer in self.writers.items()}
-        (self.output / JOURNAL).unlink()
+        (self.output / journal.NAME).unlink()
         return Outcome(manifests=manifests, empty_documents=self.empty)
 
 

@@ -93,10 +93,10 @@ class ShardSource:
         """int64, ascending; read and checked at the first use."""
         if self._document_starts is None:
             content = self._table("documents.bin", self.manifest.documents_sha256)
-            starts = np.frombuffer(content, "<u8").astype(np.int64)
-            if starts[0] != 0 or (np.diff(starts) <= 0).any() or starts[-1] >= self.num_tokens:
+            starts = np.frombuffer(content, "<u8")  # compared as they are: signed, the largest would be negative
+            if starts[0] != 0 or (starts[1:] <= starts[:-1]).any() or starts[-1] >= self.num_tokens:
                 raise invalid(self.directory / "documents.bin", "document offsets do not ascend from 0")
-            self._document_starts = starts
+            self._document_starts = starts.astype(np.int64)
         return self._document_starts
 
     def read(self, start: int, stop: int) -> np.ndarray:

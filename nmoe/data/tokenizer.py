@@ -21,10 +21,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nmoe import strict_json
+from nmoe.data import files
 from nmoe.errors import ConfigError, Diagnostic
 
 MAX_FILE_BYTES = 256 * 2**20
 MAX_VOCAB = 2**24
+SAID = 300  # characters of a library's word for what is wrong: it may quote the whole file
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -43,8 +46,7 @@ def _bad_file(path: str | Path, message: str, *, help: str, line: int = 0) -> Co
 def _read(path: str | Path) -> bytes:
     """The file's bytes, at most 256 MiB of them."""
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(MAX_FILE_BYTES + 1)
+        content = files.read(Path(path), limit=MAX_FILE_BYTES)
     except OSError as error:
         raise _bad_file(path, f"the tokenizer cannot be read: {error.strerror}", help="check the path") from error
     if len(content) > MAX_FILE_BYTES:
@@ -118,15 +120,11 @@ class HuggingFaceTokenizer:
 
         self.content = content = _read(path)
         try:
-            specification = json.loads(content)
+            specification = strict_json.loads(content)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-        except (ValueError, RecursionError) as error:
+        except Exception as error:  # the library raises plain Exception for most faults of the file
             raise _bad_file(
-                path, f"not a tokenizer.json: {error}", help="give the file that tokenizers' `save` wrote"
-            ) from error
-        except Exception as error:  # the library raises plain Exception for every fault of the file
-            raise _bad_file(
-                path, f"tokenizers cannot read it: {error}", help="give the file that tokenizers' `save` wrote"
+                path, f"not a tokenizer.json: {str(error)[:SAID]}", help="give the file that tokenizers' `save` wrote"
             ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -179,7 +177,8 @@ class HuggingFaceTokenizer:
 def _uses(decoder: Any, kind: str) -> bool:
     if not isinstance(decoder, dict):
         return False
-    return decoder.get("type") == kind or any(_uses(part, kind) for part in decoder.get("decoders", ()))
+    parts = decoder.get("decoders")
+    return decoder.get("type") == kind or (isinstance(parts, list) and any(_uses(part, kind) for part in parts))
 
 
 def _bytes_of(token: str, *, byte_level: bool, plain: bool) -> int:
@@ -276,6 +275,8 @@ def _parse_ranks(path: str | Path, content: bytes) -> dict[bytes, int]:
         if not token or token in ranks or rank != len(ranks):
             raise _bad_file(path, f"rank {rank} is out of order or its token is there twice", line=number, help=form)
         ranks[token] = rank
+    if len(ranks) >= MAX_VOCAB:
+        raise _bad_file(path, f"it has {len(ranks)} ranks", help="fewer than 2^24 are possible")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise _bad_file(path, f"byte {missing[0]:#04x} has no rank, so not every text can be encoded", help=form)

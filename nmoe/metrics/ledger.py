@@ -42,6 +42,9 @@ COLUMNS = pa.schema(
 LARGEST = 1 << 28
 """Bytes that one step's file may have."""
 
+PIECE = 1 << 8
+"""Rows that are read at once."""
+
 _NAME = re.compile(r"step_(\d{8,})\.parquet")
 _TORN = re.compile(r"\.step_\d{8,}\.parquet\.tmp")
 
@@ -123,9 +126,7 @@ def read(path: Path, *, step: int, run: str) -> pa.Table:
         if status.st_size > LARGEST:
             raise _damaged(path, f"has {status.st_size} bytes, more than the {LARGEST} that a step may have")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            if file.metadata.num_rows > LARGEST:
-                raise _damaged(path, f"claims {file.metadata.num_rows} rows")
-            table = file.read(use_threads=False)
+            table = _whole(path, file)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as cause:
         raise _damaged(path, f"cannot be read: {str(cause).splitlines()[0] if str(cause) else cause!r}") from cause
     if not table.schema.equals(COLUMNS):
@@ -136,11 +137,33 @@ def read(path: Path, *, step: int, run: str) -> pa.Table:
         found = table.column(column).unique().to_pylist()
         if found != [expected]:
             raise _damaged(path, f"holds {column} {', '.join(map(str, found[:3]))} where its name says {expected}")
+    for column in ("lineage", "attempt", "tokens_seen", "time_ns"):
+        if (several := len(table.column(column).unique())) != 1:
+            raise _damaged(path, f"has {several} values of {column} in one step")
+    least = {"attempt": 1, "tokens_seen": 0, "time_ns": 0}
+    if wrong := [f"{column} {value}" for column, at_least in least.items()
+                 if (value := table.column(column)[0].as_py()) is not None and value < at_least]:
+        raise _damaged(path, f"holds {', '.join(wrong)}")
     if any(table.column(field.name).null_count for field in COLUMNS if not field.nullable):
         raise _damaged(path, "lacks values that every row has")
     keys = table.select(["name", "layer", "expert", "rank", "label"])
     if keys.group_by(keys.column_names).aggregate([]).num_rows != table.num_rows:
         raise _damaged(path, "has a row twice")
+    return table
+
+
+def _whole(path: Path, file: pq.ParquetFile) -> pa.Table:
+    """All rows, a piece at a time, every text UTF-8: some bytes of a file can claim more memory than there is."""
+    pieces, size = [], 0
+    for piece in file.iter_batches(batch_size=PIECE, use_threads=False):
+        piece.validate(full=True)
+        size += piece.nbytes
+        if size > LARGEST:
+            raise _damaged(path, f"unpacks to more than the {LARGEST} bytes that a step may have")
+        pieces.append(piece)
+    table = pa.Table.from_batches(pieces, file.schema_arrow)
+    if table.num_rows != file.metadata.num_rows:
+        raise _damaged(path, f"claims {file.metadata.num_rows} rows and has {table.num_rows}")
     return table
 
 

@@ -153,7 +153,7 @@ def _as_set(diagnostic: Diagnostic, argument: str) -> Diagnostic:
     """A parser's finding about the text of a `--set`; a bare word gets the way a shell passes a string."""
     key, _, value = argument.partition("=")
     way = diagnostic.help
-    if diagnostic.code == "N0105" and value.strip() and value.strip()[0].isalpha():
+    if diagnostic.code == "N0105" and value.strip()[:1].isalpha() and argument == shown(argument, 200):
         way = f"a string needs TOML's quotes inside the shell's: --set '{key.strip()}=\"{value.strip()}\"'"
     code = "N0109" if diagnostic.code == "N0105" else diagnostic.code
     return attrs.evolve(diagnostic, code=code, help=way or "write --set section.key=VALUE, where VALUE is TOML")

@@ -112,9 +112,9 @@ def _like(path: FilePath, name: str) -> str:
     """A file of the same directory with nearly that name."""
     import difflib
 
-    if path.is_dir():
-        return "name a TOML file"
     try:
+        if path.is_dir():
+            return "name a TOML file"
         names = [p.name for p in path.parent.iterdir() if p.suffix == ".toml"] if path.parent.is_dir() else []
     except OSError:
         names = []

@@ -4,13 +4,13 @@ Everything is checked as it is read: a step's file of the ledger page by page, m
 that HEAD and the next checkpoint hold of them. Nothing is changed, and the run may be training meanwhile.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from nmoe import strict_json
 from nmoe.checkpoint import disk, verify
 from nmoe.checkpoint.disk import Damage
 from nmoe.checkpoint.manifest import Manifest
@@ -97,6 +97,7 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
     if metrics is None:
         metrics = _metrics(path, metrics_dir if isinstance(metrics_dir, str) else None, environment, name)
     directory = metrics / name
+    steps = ledger.files(directory) if _is_directory(directory) else {}
     kept = verify.read_kept(path / CHECKPOINTS)
     faulty = {fault.step for fault in kept.faults}
     return Run(
@@ -105,7 +106,7 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
         plan=plan,
         environment=environment,
         ledger=directory,
-        steps=ledger.files(directory),
+        steps=steps,
         manifests={step: kept.manifests[step][0] for step in kept.steps if step not in faulty},
         faults=kept.faults,
     )
@@ -127,11 +128,11 @@ def read_plan(run: Path) -> dict[str, Any]:
     """The content of plan.json with its identity checked for shape; RunError N0314 if it is not that."""
     path = run / PLAN
     try:
-        stored = json.loads(disk.read(path, limit=LIMIT))
+        stored = strict_json.loads(disk.read(path, limit=LIMIT))
         for key, kind in (("fingerprint", str), ("tree_digest", str), ("sections", dict), ("resolved", dict)):
             if not isinstance(stored[key], kind):
                 raise ValueError(f"`{key}` is no {kind.__name__}")
-    except (Damage, ValueError, KeyError, TypeError, RecursionError) as cause:
+    except (Damage, ValueError, KeyError, TypeError) as cause:
         raise fail(
             "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path),
             help="restore it from a copy, or name another `run_dir`",
@@ -149,14 +150,22 @@ def _metrics(path: Path, metrics_dir: str | None, environment: Mapping[str, Any]
     beside = metrics_directory(path, None)
     started_in = Path(str(environment.get("recorded", {}).get("working_directory", "")))
     told = started_in / metrics_directory(path, metrics_dir)
-    return told if (told / name).is_dir() or not (beside / name).is_dir() else beside
+    return told if _is_directory(told / name) or not _is_directory(beside / name) else beside
+
+
+def _is_directory(path: Path) -> bool:
+    """A name that no file can have is none either: a damaged plan.json may say it."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
 
 
 def _environment(path: Path) -> Mapping[str, Any]:
     """The content of env.json; {} where it is not there, or is no record: people alone read it."""
     try:
-        found = json.loads(disk.read(path / ENVIRONMENT, limit=LIMIT))
-    except (Damage, ValueError, RecursionError):
+        found = strict_json.loads(disk.read(path / ENVIRONMENT, limit=LIMIT))
+    except (Damage, ValueError):
         return {}
     whole = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in ("exact", "recorded"))
     return found if whole else {}

@@ -7,11 +7,13 @@ attempt counter and the lineage live: the last line has them.
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from nmoe import strict_json
 from nmoe.checkpoint import disk
 from nmoe.checkpoint.disk import Damage
 from nmoe.errors import fail
@@ -19,6 +21,11 @@ from nmoe.train.run_lock import now
 
 NAME = "events.jsonl"
 LIMIT = 1 << 30
+LINEAGE = re.compile(r"[0-9a-f]{32}")
+ATTEMPTS = 2**31 - 2
+"""The ledger counts them in 32 bits, and there has to be a next one."""
+SAVED = ("saving", "stop")
+"""Events that name the step that they are about."""
 
 
 @attrs.frozen(kw_only=True)
@@ -34,14 +41,10 @@ def read(run: Path) -> Past:
     """The events up to a torn end, if there is one. RunError N0316 for a line that no writer leaves."""
     content, _ = _split(run)
     events = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            event = json.loads(line)
-            if not isinstance(event["event"], str) or not isinstance(event["lineage"], str):
-                raise ValueError("an event and its lineage are texts")
-            if type(event["attempt"]) is not int:
-                raise ValueError("an attempt is a number")
-        except (ValueError, KeyError, TypeError, RecursionError) as cause:
+            event = _event(line)
+        except ValueError as cause:
             raise fail(
                 "N0316", f"line {number} of the run's events cannot be read: {cause}", place=str(run / NAME),
                 help="restore the file from a copy; a kill can tear its last line only",
@@ -52,6 +55,23 @@ def read(run: Path) -> Past:
         attempt=max((event["attempt"] for event in events), default=0),
         events=tuple(events),
     )
+
+
+def _event(line: bytes) -> dict[str, Any]:
+    """One line; ValueError for what no writer leaves."""
+    event = strict_json.loads(line)
+    if not isinstance(event, dict):
+        raise ValueError("an event is an object")
+    if not all(isinstance(event.get(key), str) for key in ("time", "event", "lineage")):
+        raise ValueError("an event, its time and its lineage are texts")
+    if not LINEAGE.fullmatch(event["lineage"]):
+        raise ValueError("a lineage is 32 hex digits")
+    if type(event.get("attempt")) is not int or not 1 <= event["attempt"] <= ATTEMPTS:
+        raise ValueError(f"an attempt is a number from 1 to {ATTEMPTS}")
+    step = event.get("step", None if event["event"] in SAVED else 0)
+    if type(step) is not int or not 0 <= step < 2**53:
+        raise ValueError("a step is a count")
+    return event
 
 
 def repair(run: Path) -> str:

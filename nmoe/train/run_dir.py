@@ -206,7 +206,9 @@ class RunDir:
 
     def _claim(self) -> run_lock.Owner | None:
         """Makes the directory if there is none and becomes its owner; nothing is put into a foreign one."""
-        if self.path.exists() and not self.path.is_dir():
+        with disk.naming("look at", self.path):
+            in_the_way = self.path.exists() and not self.path.is_dir()
+        if in_the_way:
             raise fail("N0313", "`run_dir` is not a directory", place=str(self.path), help="name another one")
         disk.make_directory(self.path)
         known = {CHECKPOINTS, *FILES, *(f"{name}.tmp" for name in FILES)}

@@ -20,7 +20,7 @@ from typing import Any
 
 import attrs
 
-from nmoe import platform
+from nmoe import platform, strict_json
 from nmoe.checkpoint import disk
 from nmoe.checkpoint.disk import Damage
 from nmoe.errors import fail
@@ -89,14 +89,17 @@ def owned(run: Path, purpose: str) -> Iterator[Owner | None]:
 def read_owner(run: Path) -> Owner | None:
     """The record of the last owner, None if there is none; RunError N0312 if it cannot be read as one."""
     path = run / OWNER
-    if not path.exists():
+    if not os.path.lexists(path):  # a link that leads nowhere is no proof either
         return None
     try:
-        fields: dict[str, Any] = json.loads(disk.read(path, limit=1 << 16))
-        if fields.keys() != {field.name for field in attrs.fields(Owner)}:
+        fields: Any = strict_json.loads(disk.read(path, limit=1 << 16))
+        types = {field.name: field.type for field in attrs.fields(Owner)}
+        if not isinstance(fields, dict) or fields.keys() != types.keys():
             raise ValueError("its keys are not those of an owner")
+        if not all(type(value) is types[name] for name, value in fields.items()):
+            raise ValueError("its values are not those of an owner")
         return Owner(**fields)
-    except (Damage, ValueError, AttributeError, RecursionError) as cause:
+    except (Damage, ValueError) as cause:
         raise fail(
             "N0312", f"the record of the run's owner cannot be read: {cause}", place=str(path),
             help=f"make sure that no process trains this run; then rm {path}, and start again",

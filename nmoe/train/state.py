@@ -41,10 +41,14 @@ class TrainState:
     def restore(cls, scalars: dict[str, Any], graph: TrainingGraph, *, step: int) -> "TrainState":
         """The state that `scalars` recorded; sets the graph's random streams to it.
 
-        step: the one that the checkpoint goes by. RunError N0503 if a counter is missing or no count,
+        step: the one that the checkpoint goes by. RunError N0503 if a counter is missing, unknown or no count,
         or the steps differ.
         """
         try:
+            _require_only(scalars, ("step", "schedule", "loader", "rng"))
+            _require_only(scalars["rng"], ("rounding",))
+            _require_only(scalars["schedule"], ("tokens_seen",))
+            _require_only(scalars["loader"], ("next_batch",))
             graph.rounding.counter = _count(scalars["rng"]["rounding"])
             state = cls(
                 step=_count(scalars["step"]),
@@ -61,6 +65,12 @@ class TrainState:
                 "N0503", f"the checkpoint of step {step} says that {state.step} steps are finished", help=WAY_OUT
             )
         return state
+
+
+def _require_only(counters: Any, names: tuple[str, ...]) -> None:
+    """What a later version would read and this one does not is no state that it can go on from."""
+    if not isinstance(counters, dict) or (unknown := counters.keys() - set(names)):
+        raise TypeError(f"a counter `{sorted(unknown)[0][:80]}`" if isinstance(counters, dict) else "its counters")
 
 
 def _count(value: object) -> int:

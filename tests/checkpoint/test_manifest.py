@@ -102,6 +102,11 @@ def in_tensor(key, value):
         (change(fingerprint="../../x"), "no SHA-256"),
         (change(tree_digest=None), "no SHA-256"),
         (change(attempt=-1), "no count"),
+        (change(attempt=0), "absurd attempt"),
+        (change(attempt=2**31), "absurd attempt"),
+        (change(environment={"exact": {}}), "missing keys: recorded"),
+        (change(environment={"exact": {}, "recorded": {}, "other": {}}), "unknown or missing keys: other"),
+        (change(environment={"exact": [], "recorded": {}}), "environment.exact should be an object"),
         (change(run=3), "no text"),
         (change(sections=[]), "should be an object"),
         (change(data={"train": 5}), "data.train"),
@@ -162,7 +167,7 @@ values = st.recursive(
 @settings(deadline=None, max_examples=200, derandomize=True)
 @given(values)
 def test_load_reads_back_what_canonical_wrote(value):
-    assert load(canonical(value)) == value
+    assert load(canonical({"value": value}), "the file", ("value",)) == {"value": value}
 
 
 @settings(deadline=None, max_examples=400, derandomize=True)

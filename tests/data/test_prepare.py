@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nmoe.data import documents
+from nmoe.data import journal as journals
 from nmoe.data import prepare as prepare_module
 from nmoe.data.documents import find_files, read_batches
 from nmoe.data.prepare import Request, prepare
@@ -216,7 +217,9 @@ def stopped(inputs, tmp_path, small_batches):
     return folder, tmp_path / "out"
 
 
-@pytest.mark.parametrize("spoil", ["flip shard", "lose shard", "flip part", "lose documents", "journal", "keys"])
+@pytest.mark.parametrize(
+    "spoil", ["flip shard", "lose shard", "flip part", "lose documents", "journal", "keys", "count", "pipe"]
+)
 def test_unfinished_data_that_changed_are_refused(stopped, spoil):
     folder, output = stopped
     shard = output / "train" / "shard_000000.bin"
@@ -233,10 +236,50 @@ def test_unfinished_data_that_changed_are_refused(stopped, spoil):
         (output / "train" / "documents.bin.part").unlink()
     elif spoil == "journal":
         journal.write_bytes(journal.read_bytes()[:-20])
+    elif spoil == "pipe":
+        journal.unlink()
+        os.mkfifo(journal)
     else:
         table = json.loads(journal.read_bytes())
-        del table["splits"]["train"]["shard"]
+        if spoil == "keys":
+            del table["splits"]["train"]["shard"]
+        else:
+            table["splits"]["train"]["text_bytes"] += 1
         journal.write_text(json.dumps(table))
+    with pytest.raises(RunError, match=r"N0262.*not as it was left"):
+        run(folder, output)
+
+
+def _train(table):
+    return table["splits"]["train"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: table.update(next_batch=True),
+        lambda table: table.update(next_batch="3"),
+        lambda table: table.update(documents=-1),
+        lambda table: table.update(documents=table["documents"] + 1),
+        lambda table: table.update(inputs_sha256=None),
+        lambda table: table.update(other=1),
+        lambda table: table.update(splits=[]),
+        lambda table: table["splits"].pop("train"),
+        lambda table: table["splits"].update(train="x"),
+        lambda table: _train(table).update(num_tokens=_train(table)["num_tokens"] + 1),
+        lambda table: _train(table).update(num_documents=str(_train(table)["num_documents"])),
+        lambda table: _train(table).update(altered_documents=2**40),
+        lambda table: _train(table)["shard"].update(bytes=1.5),
+        lambda table: _train(table)["shards"].append({"num_tokens": 2**60, "sha256": "0" * 64}),
+        lambda table: _train(table)["shards"][0].update(sha256="../x"),
+    ],
+)
+def test_a_sealed_journal_that_does_not_fit_together_is_refused(stopped, change):
+    folder, output = stopped
+    table = json.loads((output / "prepare.json").read_bytes())
+    del table["seal"]
+    change(table)
+    journals.write(output, table)
     with pytest.raises(RunError, match=r"N0262.*not as it was left"):
         run(folder, output)
 

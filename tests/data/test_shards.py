@@ -1,6 +1,8 @@
 """Shards give back what was written, and any change to them stops the reader."""
 
+import hashlib
 import json
+import os
 import shutil
 import struct
 
@@ -233,6 +235,24 @@ def test_an_offset_too_many_is_found_by_verify(directory):
     reseal(directory, lambda tree: tree.update(documents_sha256=digest, num_documents=len(content) // 8))
     with pytest.raises(RunError, match=r"N0243.*`documents.bin` .*60 documents found"):
         open_shards(directory).verify()
+
+
+@pytest.mark.parametrize("offsets", [[2**63 + 1], [2**62, 2**63 + 1], [2**64 - 1], [1, 1], [5, 3]])
+def test_offsets_that_do_not_ascend_or_that_wrap_as_signed_numbers_are_refused(directory, offsets):
+    """[0, 2^62, 2^63 + 1] ascends as signed 64-bit differences do, and ends with a negative number."""
+    content = np.array([0, *offsets], "<u8").tobytes()
+    (directory / "documents.bin").write_bytes(content)
+    reseal(directory, lambda m: m.update(
+        num_documents=1 + len(offsets), documents_sha256=hashlib.sha256(content).hexdigest()))  # fmt: skip
+    with pytest.raises(RunError, match=r"N0241.*do not ascend"):
+        _ = open_shards(directory).document_starts
+
+
+def test_a_pipe_in_the_place_of_the_manifest_is_not_waited_for(directory):
+    (directory / "manifest.json").unlink()
+    os.mkfifo(directory / "manifest.json")
+    with pytest.raises(RunError, match=r"N0240.*not a regular file"):
+        open_shards(directory)
 
 
 def test_an_id_outside_the_vocabulary_stops(directory):

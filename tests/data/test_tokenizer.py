@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 
 import numpy as np
 import pytest
@@ -211,6 +212,43 @@ def test_bad_json_is_refused(json_path, tmp_path):
         open_hf(json_path, "</s>")
     with pytest.raises(ConfigError, match=r"N0230.*No such file"):
         open_hf(tmp_path / "absent.json")
+
+
+def test_a_decoder_with_parts_that_are_none_is_read_without_them(json_path, tmp_path):
+    table = json.loads(json_path.read_text())
+    table["decoder"]["decoders"] = None
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(table))
+    assert np.array_equal(open_hf(path).token_bytes_V, open_hf(json_path).token_bytes_V)
+
+
+def test_a_key_twice_is_refused(json_path, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"decoder": null, ' + json_path.read_text().lstrip()[1:])
+    with pytest.raises(ConfigError, match=r"N0230.*a key stands twice"):
+        open_hf(path)
+
+
+def test_what_the_library_says_of_a_file_is_cut(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps("a" * 100_000))
+    with pytest.raises(ConfigError, match="N0230") as caught:
+        open_hf(path)
+    assert len(caught.value.render()) < 1000
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"N0230.*not a regular file"):
+        open_hf(tmp_path / "tokenizer.json")
+
+
+def test_more_ranks_than_ids_may_be_are_refused(ranks_path, ranks, monkeypatch):
+    monkeypatch.setattr("nmoe.data.tokenizer.MAX_VOCAB", len(ranks))
+    with pytest.raises(ConfigError, match=r"N0230.*it has \d+ ranks"):
+        open_tt(ranks_path)
+    monkeypatch.setattr("nmoe.data.tokenizer.MAX_VOCAB", len(ranks) + 1)
+    open_tt(ranks_path)
 
 
 def test_too_large_is_refused(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The deliberate command that rewrites golden files: `make goldens`. A change needs a line in CHANGELOG.md.
 
 plans/NAME.txt   what `nmoe build configs/NAME.toml` prints; NAME has - for /
+keys.txt         every key with its bounds (tests/golden/keys.py)
 losses/NAME.txt  the first 20 losses of a config that runs on a CPU (tests/golden/losses.py)
 """
 
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from nmoe.plan.render import render
 from nmoe.plan.resolve import resolve
+from tests.golden.keys import KEYS
+from tests.golden.keys import render as render_keys
 from tests.golden.losses import LOSSES, SETS
 from tests.golden.losses import render as render_losses
 
@@ -23,6 +26,7 @@ def configs() -> dict[str, Path]:
 
 def main() -> None:
     wanted = {PLANS / f"{name}.txt": render(resolve(path)) for name, path in configs().items()}
+    wanted |= {KEYS: render_keys()}
     wanted |= {LOSSES / f"{name}.txt": render_losses(name) for name in SETS}
     LOSSES.mkdir(exist_ok=True)
     for path in sorted({*PLANS.glob("*.txt"), *LOSSES.glob("*.txt")} - set(wanted)):

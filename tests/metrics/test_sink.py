@@ -344,6 +344,67 @@ def test_a_directory_that_a_killed_process_made_is_made_durable(tmp_path, monkey
     assert synced[1:] == [tmp_path, tmp_path / "metrics"]
 
 
+def rewritten(path, column, values):
+    """Puts a whole file with other values in one column in its place."""
+    table = pq.read_table(path)
+    at = table.schema.get_field_index(column)
+    pq.write_table(table.set_column(at, table.schema.field(column), values), path, write_page_checksum=True)
+
+
+@pytest.mark.parametrize("column", ["name", "label", "lineage", "run"])
+def test_text_that_is_no_utf8_is_damage(tmp_path, column):
+    with opened(tmp_path) as into:
+        fill(into, 1)
+    path = tmp_path / "moonlet" / ledger.file_name(1)
+    content = pa.array([b"\xc3("] * len(expected(1)), pa.binary())
+    rewritten(path, column, pa.StringArray.from_buffers(len(content), *content.buffers()[1:]))
+    with pytest.raises(RunError, match="N0403"):
+        ledger.read(path, step=1, run="moonlet")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "what"),
+    [
+        ("lineage", "another", "2 values of lineage"), ("attempt", 7, "2 values of attempt"),
+        ("tokens_seen", 5, "2 values of tokens_seen"), ("time_ns", 5, "2 values of time_ns"),
+    ],
+)  # fmt: skip
+def test_rows_of_two_origins_are_damage(tmp_path, column, value, what):
+    with opened(tmp_path) as into:
+        fill(into, 1)
+    path = tmp_path / "moonlet" / ledger.file_name(1)
+    values = pq.read_table(path).column(column).to_pylist()
+    rewritten(path, column, pa.array([*values[:-1], value], ledger.COLUMNS.field(column).type))
+    with pytest.raises(RunError, match=f"N0403.*{what}"):
+        ledger.read(path, step=1, run="moonlet")
+
+
+def test_an_attempt_before_the_first_is_damage(tmp_path):
+    with opened(tmp_path) as into:
+        fill(into, 1)
+    path = tmp_path / "moonlet" / ledger.file_name(1)
+    rewritten(path, "attempt", pa.array([-1] * len(expected(1)), pa.int32()))
+    with pytest.raises(RunError, match=r"N0403.*attempt -1"):
+        ledger.read(path, step=1, run="moonlet")
+
+
+def test_a_small_file_that_unpacks_to_more_than_a_step_may_have_is_damage(tmp_path, monkeypatch):
+    """One text, named once in a dictionary and told a thousand times."""
+    monkeypatch.setattr(ledger, "LARGEST", 1 << 20)
+    with opened(tmp_path) as into:
+        fill(into, 1)
+    path = tmp_path / "moonlet" / ledger.file_name(1)
+    row = pq.read_table(path).slice(0, 1)
+    table = pa.concat_tables([row] * 1000)
+    at = table.schema.get_field_index("label")
+    long = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 4096]))
+    field = pa.field("label", long.type)
+    pq.write_table(table.set_column(at, field, long), path, store_schema=False, write_page_checksum=True)
+    assert path.stat().st_size < 20_000
+    with pytest.raises(RunError, match=r"N0403.*unpacks to more than"):
+        ledger.read(path, step=1, run="moonlet")
+
+
 def test_metrics_do_not_depend_on_when_they_are_written(tmp_path):
     """The same rows give the same bytes, so a ledger can be compared by digest."""
     digests = set()

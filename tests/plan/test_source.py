@@ -85,6 +85,25 @@ def test_files_that_cannot_be_read(kind, tmp_path, monkeypatch):
     assert ("did you mean `config.toml`" in finding.help) == (kind == "missing")
 
 
+@pytest.mark.parametrize("name", ["a" * 300 + ".toml", "a/" * 3000 + "b.toml"])
+def test_a_name_that_no_file_can_have(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"N0101.*name too long"):
+        resolve(name)
+    (tmp_path / "child.toml").write_text(f'extends = "{name}"\n')
+    with pytest.raises(ConfigError, match=r"N0108.*name too long"):
+        resolve("child.toml")
+
+
+@pytest.mark.parametrize("word", ["model.num_layers=a\x1b[31m", "model.\ufeffdtype=fp32", "x=a" + "b" * 5000])
+def test_no_help_repeats_a_set_that_a_shell_could_not_have_meant(word):
+    with pytest.raises(ConfigError) as caught:
+        resolve_text("", "x.toml", [word])
+    said = caught.value.render()
+    assert all(c.isprintable() or c == "\n" for c in said)
+    assert len(said) < 2000
+
+
 def test_positions_by_hand():
     text = (
         "top = 1\n"

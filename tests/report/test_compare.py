@@ -310,6 +310,18 @@ def test_a_damaged_ledger_is_an_error(straight, tmp_path):
         )
 
 
+def test_a_plan_that_names_directories_that_cannot_be_has_no_metrics_there(straight, tmp_path):
+    straight.copy("straight", tmp_path)
+    path = tmp_path / "straight" / "plan.json"
+    stored = json.loads(path.read_text())
+    stored["resolved"]["output"]["metrics_dir"] = "a" * 5000
+    path.write_text(json.dumps(stored))
+    assert read_run(tmp_path / "straight").ledger == tmp_path / "metrics" / "straight"
+    stored["resolved"]["output"]["run_dir"] = "b" * 5000
+    path.write_text(json.dumps(stored))
+    assert read_run(tmp_path / "straight").steps == {}
+
+
 def test_a_run_that_was_moved_has_its_metrics_beside_it(straight, tmp_path):
     """Also one whose directory has another name now: its metrics go by the old one."""
     straight.copy("straight", tmp_path)

@@ -139,6 +139,14 @@ def test_a_counter_that_is_no_count_is_refused(runs, counter, value):
     assert caught.value.diagnostics[0].code == "N0503"
 
 
+@pytest.mark.parametrize("section", ["", "schedule", "loader", "rng"])
+def test_a_counter_that_this_program_does_not_have_is_refused(runs, section):
+    scalars = {"step": 3, "schedule": {"tokens_seen": 192}, "loader": {"next_batch": 4}, "rng": {"rounding": 12}}
+    (scalars[section] if section else scalars)["offset"] = 1
+    with pytest.raises(RunError, match=r"N0503.*`offset`"):
+        TrainState.restore(scalars, build(runs.plan("any")), step=3)
+
+
 def one_step(graph: TrainingGraph, state: TrainState) -> dict[str, torch.Tensor]:
     """The tensors after the step that follows `state`, and the counter of the rounding among them."""
     batch = graph.loader.batch(state.next_batch)

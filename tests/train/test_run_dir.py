@@ -232,10 +232,32 @@ def test_who_is_proven_dead_by_the_lock(tmp_path, changes, dead):
     open_run(tmp_path / "run").close()
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 3000 + "b"])
+def test_a_directory_that_no_disk_can_have_is_refused(tmp_path, name):
+    with pytest.raises(RunError, match=r"N0301.*name too long"):
+        open_run(tmp_path / name)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", '{"pid": 1}', "[" * 100_000])
 def test_a_broken_record_of_the_owner_is_no_proof(tmp_path, text):
     open_run(tmp_path / "run").close()
     (tmp_path / "run" / "owner.json").write_text(text)
+    with pytest.raises(RunError, match=r"N0312.*cannot be read"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{"pid": "7"}, {"pid": True}, {"host": ["here"]}, {"purpose": None}, {"boot_id": 1}])
+def test_a_record_of_the_owner_with_values_of_other_types_is_no_proof(tmp_path, change):
+    open_run(tmp_path / "run").close()
+    left = attrs.asdict(run_lock.this_process("nmoe train")) | change
+    (tmp_path / "run" / "owner.json").write_text(json.dumps(left))
+    with pytest.raises(RunError, match=r"N0312.*cannot be read: its values"):
+        open_run(tmp_path / "run")
+
+
+def test_a_record_of_the_owner_that_is_a_link_to_nothing_is_no_proof(tmp_path):
+    open_run(tmp_path / "run").close()
+    (tmp_path / "run" / "owner.json").symlink_to("gone")
     with pytest.raises(RunError, match=r"N0312.*cannot be read"):
         open_run(tmp_path / "run")
 
@@ -277,6 +299,43 @@ def test_a_broken_line_in_the_middle_is_no_tear(tmp_path, line):
     path = tmp_path / "run" / "events.jsonl"
     path.write_bytes(line + b"\n" + path.read_bytes())
     with pytest.raises(RunError, match=r"N0316.*line 1 of"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attempt", 0), ("attempt", 2**31 - 1), ("attempt", True), ("attempt", "1"), ("lineage", "a" * 31),
+        ("lineage", "\ud800" * 32), ("lineage", "A" * 32), ("event", None), ("time", 1), ("step", -1), ("step", "3"),
+        ("step", None), ("note", float("nan")), ("note", "\ud800"),
+    ],
+)  # fmt: skip
+def test_an_event_that_no_writer_leaves_is_refused(tmp_path, key, value):
+    open_run(tmp_path / "run").close()
+    path = tmp_path / "run" / "events.jsonl"
+    event = json.loads(path.read_bytes().splitlines()[0]) | {"event": "saving", "step": 1}
+    path.write_text(json.dumps(event) + "\n")
+    assert events.read(tmp_path / "run").attempt == 1
+    path.write_text(json.dumps(event | {key: value}) + "\n")
+    with pytest.raises(RunError, match=r"N0316.*line 1 of"):
+        open_run(tmp_path / "run")
+
+
+def test_a_stop_without_its_step_is_refused(tmp_path):
+    open_run(tmp_path / "run").close()
+    path = tmp_path / "run" / "events.jsonl"
+    event = json.loads(path.read_bytes().splitlines()[0]) | {"event": "stop"}
+    path.write_text(json.dumps(event) + "\n")
+    with pytest.raises(RunError, match=r"N0316.*a step is a count"):
+        open_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ['{"x": "a", "x": "b", ', '{"x": NaN, ', '{"x": 1e999, ', '{"x": "\\ud800", '])
+def test_a_plan_that_two_readers_could_read_differently_is_refused(tmp_path, text):
+    open_run(tmp_path / "run").close()
+    path = tmp_path / "run" / "plan.json"
+    path.write_text(text + path.read_text().lstrip()[1:])
+    with pytest.raises(RunError, match=r"N0314.*cannot be read"):
         open_run(tmp_path / "run")
 
 
