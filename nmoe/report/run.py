@@ -18,6 +18,7 @@ from nmoe.checkpoint.verify import Fault
 from nmoe.errors import ConfigError, Diagnostic, fail
 from nmoe.metrics import ledger
 from nmoe.metrics.schema import METRICS
+from nmoe.plan import fingerprint
 from nmoe.plan.diff import flat
 
 PLAN, ENVIRONMENT, CHECKPOINTS = "plan.json", "env.json", "checkpoints"
@@ -124,19 +125,30 @@ def require_run(path: Path) -> None:
 
 
 def read_plan(run: Path) -> dict[str, Any]:
-    """The content of plan.json with its identity checked for shape; RunError N0314 if it is not that."""
+    """The content of plan.json, its identity checked for shape and against its digests; RunError N0314 if it is none.
+
+    What follows from the resolved tree (memory, groups) is for people, and not looked at.
+    """
     path = run / PLAN
     try:
         stored = json.loads(disk.read(path, limit=LIMIT))
         for key, kind in (("fingerprint", str), ("tree_digest", str), ("sections", dict), ("resolved", dict)):
             if not isinstance(stored[key], kind):
                 raise ValueError(f"`{key}` is no {kind.__name__}")
+        if fingerprint.fingerprint(stored["sections"]) != stored["fingerprint"]:
+            raise ValueError("its sections do not have its fingerprint")
+        if fingerprint.digest(stored["resolved"]) != stored["tree_digest"]:
+            raise ValueError("its resolved tree does not have its tree_digest")
     except (Damage, ValueError, KeyError, TypeError, RecursionError) as cause:
         raise fail(
-            "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path),
-            help="restore it from a copy, or name another `run_dir`",
-        ) from cause  # fmt: skip
+            "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path), help=plan_way_out(path)
+        ) from cause
     return dict(stored)
+
+
+def plan_way_out(path: Path) -> str:
+    """What to do where plan.json is damaged or lost: the plan stands beside it as a config, too."""
+    return f"nmoe build {path.parent / 'resolved.toml'} --json > {path} makes it again"
 
 
 def metrics_directory(run_dir: Path, metrics_dir: str | None) -> Path:

@@ -19,6 +19,7 @@ from nmoe.train.run_lock import now
 
 NAME = "events.jsonl"
 LIMIT = 1 << 30
+OF_A_STEP = ("saving", "stop", "rewind")
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +29,22 @@ class Past:
     lineage: str
     attempt: int
     events: tuple[dict[str, Any], ...]
+
+    @property
+    def saved(self) -> int:
+        """The step that HEAD has come to for certain since it was last moved back openly; 0 if there is none.
+
+        A stop is told when the last save is whole, and a save of an attempt when the one before it is.
+        """
+        saved, begun = 0, (0, 0)
+        for event in self.events:
+            attempt = event["attempt"]
+            if event["event"] in ("stop", "rewind"):
+                saved = event["step"]
+            elif event["event"] == "saving":
+                saved = begun[1] if begun[0] == attempt else saved
+                begun = (attempt, event["step"])
+        return saved
 
 
 def read(run: Path) -> Past:
@@ -41,10 +58,12 @@ def read(run: Path) -> Past:
                 raise ValueError("an event and its lineage are texts")
             if type(event["attempt"]) is not int:
                 raise ValueError("an attempt is a number")
+            if event["event"] in OF_A_STEP and type(event["step"]) is not int:
+                raise ValueError("a step is a number")
         except (ValueError, KeyError, TypeError, RecursionError) as cause:
             raise fail(
                 "N0316", f"line {number} of the run's events cannot be read: {cause}", place=str(run / NAME),
-                help="restore the file from a copy; a kill can tear its last line only",
+                help="restore the file from a copy, or remove the line: what it told is lost, and no state is touched",
             ) from cause  # fmt: skip
         events.append(event)
     return Past(
@@ -91,6 +110,9 @@ def _split(run: Path) -> tuple[bytes, bytes]:
     try:
         content = disk.read(run / NAME, limit=LIMIT)
     except Damage as damage:
-        raise fail("N0316", f"the run's events cannot be read: the file {damage}", place=str(run / NAME)) from damage
+        raise fail(
+            "N0316", f"the run's events cannot be read: the file {damage}", place=str(run / NAME),
+            help=f"move it away; nmoe verify {run} --rewind then begins it anew from the checkpoints",
+        ) from damage  # fmt: skip
     end = content.rfind(b"\n") + 1
     return content[:end], content[end:]
