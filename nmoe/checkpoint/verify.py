@@ -205,7 +205,7 @@ def _read_kept(directory: Path, *, saved: int) -> Kept:
         wanted, witness = expected.get(step, (sha256, ""))
         if sha256 != wanted:
             faults.append(Fault(step=step, path=place, message=f"is not the manifest that {witness} names"))
-        if manifest.parent is not None:
+        elif manifest.parent is not None:  # what stands in another's place is no witness of what came before
             expected[manifest.parent.step] = (manifest.parent.manifest, f"step {step}")
         manifests[step] = (manifest, sha256)
     notes.extend(

@@ -136,16 +136,17 @@ def _read_data(
     from nmoe.metrics import ledger
     from nmoe.plan.resolve import resolve_text
     from nmoe.plan.toml import toml_of
-    from nmoe.report.run import read_run
+    from nmoe.report.run import ledger_of, read_environment
     from nmoe.train.read_data import read_data
 
-    found = read_run(run)
+    environment = read_environment(run)
+    _, metrics = ledger_of(run, plan, environment)
     try:
-        ledger.verify(found.ledger)
+        ledger.verify(metrics)
     except NmoeError as error:
         for one in error.diagnostics:
             fault(one.place, one.message)
-    started_in = Path(str(found.environment.get("recorded", {}).get("working_directory", "")))
+    started_in = Path(str(environment.get("recorded", {}).get("working_directory", "")))
     try:
         config = resolve_text(toml_of(plan["resolved"]), "plan.json").config
     except NmoeError as error:

@@ -123,6 +123,8 @@ def invalid(path: Path, message: str) -> RunError:
 def read_manifest(path: Path) -> Manifest:
     """Read and check `manifest.json`. Raises RunError N0240 (not there) or N0241 (not valid)."""
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("`manifest.json` is not a file")  # opening a pipe would wait for ever
         with path.open("rb") as file:
             content = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:

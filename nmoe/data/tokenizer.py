@@ -43,10 +43,13 @@ def _bad_file(path: str | Path, message: str, *, help: str, line: int = 0) -> Co
 def _read(path: str | Path) -> bytes:
     """The file's bytes, at most 256 MiB of them."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError("it is not a file")  # opening a pipe would wait for ever
         with Path(path).open("rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise _bad_file(path, f"the tokenizer cannot be read: {error.strerror}", help="check the path") from error
+        cause = error.strerror or error
+        raise _bad_file(path, f"the tokenizer cannot be read: {cause}", help="check the path") from error
     if len(content) > MAX_FILE_BYTES:
         raise _bad_file(path, "the tokenizer file is larger than 256 MiB", help="check that it is a tokenizer")
     return content

@@ -91,13 +91,8 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
     """
     require_run(path)
     plan = read_plan(path)
-    environment = _environment(path)
-    output = flat(plan["resolved"])
-    run_dir, metrics_dir = (output.get(f"output.{key}") for key in ("run_dir", "metrics_dir"))
-    name = Path(run_dir if isinstance(run_dir, str) else path.resolve()).name
-    if metrics is None:
-        metrics = _metrics(path, metrics_dir if isinstance(metrics_dir, str) else None, environment, name)
-    directory = metrics / name
+    environment = read_environment(path)
+    name, directory = ledger_of(path, plan, environment, metrics=metrics)
     kept = verify.read_kept(path / CHECKPOINTS)
     faulty = {fault.step for fault in kept.faults}
     return Run(
@@ -110,6 +105,18 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
         manifests={step: kept.manifests[step][0] for step in kept.steps if step not in faulty},
         faults=kept.faults,
     )
+
+
+def ledger_of(
+    path: Path, plan: Mapping[str, Any], environment: Mapping[str, Any], *, metrics: Path | None = None
+) -> tuple[str, Path]:
+    """(what a run's metrics go by, the directory of them alone); metrics: as `read_run`."""
+    output = flat(plan["resolved"])
+    run_dir, metrics_dir = (output.get(f"output.{key}") for key in ("run_dir", "metrics_dir"))
+    name = Path(run_dir if isinstance(run_dir, str) else path.resolve()).name
+    if metrics is None:
+        metrics = _metrics(path, metrics_dir if isinstance(metrics_dir, str) else None, environment, name)
+    return name, metrics / name
 
 
 def require_run(path: Path) -> None:
@@ -141,8 +148,9 @@ def read_plan(run: Path) -> dict[str, Any]:
             raise ValueError("its resolved tree does not have its tree_digest")
     except (Damage, ValueError, KeyError, TypeError, RecursionError) as cause:
         raise fail(
-            "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path), help=plan_way_out(path)
-        ) from cause
+            "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path),
+            help="move it away; " + plan_way_out(path),
+        ) from cause  # fmt: skip
     return dict(stored)
 
 
@@ -164,7 +172,7 @@ def _metrics(path: Path, metrics_dir: str | None, environment: Mapping[str, Any]
     return told if (told / name).is_dir() or not (beside / name).is_dir() else beside
 
 
-def _environment(path: Path) -> Mapping[str, Any]:
+def read_environment(path: Path) -> Mapping[str, Any]:
     """The content of env.json; {} where it is not there, or is no record: people alone read it."""
     try:
         found = json.loads(disk.read(path / ENVIRONMENT, limit=LIMIT))
