@@ -32,7 +32,7 @@ import attrs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-SUBJECTS: tuple[str, ...] = ("crash", "power", "faults", "kills", "metrics", "signals")
+SUBJECTS: tuple[str, ...] = ("crash", "power", "faults", "corruption", "kills", "metrics", "signals")
 BATCH_S = 1800
 
 
