@@ -109,15 +109,32 @@ def check_objects(
     return broken
 
 
-def verify(directory: Path, *, threads: int = 4) -> Report:
+def head_behind(directory: Path, saved: int) -> str:
+    """What is wrong with HEAD if it names an earlier step than `saved`, which it has named before; or nothing.
+
+    What is wrong with one that cannot be read is said where it is read.
+    """
+    try:
+        head = read_head(directory)
+    except Damage:
+        return ""
+    step = 0 if head is None else head.step
+    if step >= saved:
+        return ""
+    named = f"names step {step}" if step else "is missing" if head is None else "names no checkpoint"
+    return f"{named}, and the run's events tell that step {saved} has been saved"
+
+
+def verify(directory: Path, *, threads: int = 4, saved: int = 0) -> Report:
     """Checks HEAD and every kept checkpoint below `directory`, whatever else is wrong.
 
+    saved: a step that HEAD has named, as others know; a HEAD that names an earlier one is as good as unreadable.
     A run may be saving meanwhile: where there are faults and checkpoints have come or gone, they are
     checked again, because what was read may have been removed.
     """
     while True:
         before = _glance(directory)
-        report = _verify(directory, threads)
+        report = _verify(directory, threads, saved)
         if not report.faults or _glance(directory) == before:
             return report
 
@@ -153,16 +170,18 @@ def read_kept(directory: Path) -> Kept:
     """
     while True:
         before = _glance(directory)
-        kept = _read_kept(directory)
+        kept = _read_kept(directory, saved=0)
         if not kept.faults or _glance(directory) == before:
             return kept
 
 
-def _read_kept(directory: Path) -> Kept:
+def _read_kept(directory: Path, *, saved: int) -> Kept:
     faults: list[Fault] = []
     head: Head | None = None
     try:
         head = read_head(directory)
+        if behind := head_behind(directory, saved):
+            raise Damage(behind)
     except Damage as damage:
         faults.append(Fault(step=0, path="HEAD", message=str(damage)))
     damaged_head = bool(faults)
@@ -186,7 +205,7 @@ def _read_kept(directory: Path) -> Kept:
         wanted, witness = expected.get(step, (sha256, ""))
         if sha256 != wanted:
             faults.append(Fault(step=step, path=place, message=f"is not the manifest that {witness} names"))
-        if manifest.parent is not None:
+        elif manifest.parent is not None:  # what stands in another's place is no witness of what came before
             expected[manifest.parent.step] = (manifest.parent.manifest, f"step {step}")
         manifests[step] = (manifest, sha256)
     notes.extend(
@@ -199,8 +218,8 @@ def _read_kept(directory: Path) -> Kept:
     )
 
 
-def _verify(directory: Path, threads: int) -> Report:
-    found = _read_kept(directory)
+def _verify(directory: Path, threads: int, saved: int) -> Report:
+    found = _read_kept(directory, saved=saved)
     head, kept, manifests = found.head, found.steps, found.manifests
     faults, notes = list(found.faults), list(found.notes)
     needed: dict[str, int] = {}
@@ -234,14 +253,14 @@ def _verify(directory: Path, threads: int) -> Report:
     return Report(head=head_manifest, checkpoints=tuple(checkpoints), faults=tuple(faults), notes=tuple(notes))
 
 
-def rewind(directory: Path, *, threads: int = 4) -> tuple[Head | None, Head, list[Fault]]:
+def rewind(directory: Path, *, threads: int = 4, saved: int = 0) -> tuple[Head | None, Head, list[Fault]]:
     """Moves HEAD to the newest checkpoint that verifies, and says (HEAD before, HEAD now, faults met).
 
-    HEAD before is None if it could not be read. Nothing is deleted: what lies ahead of HEAD is no
-    longer reachable and is replaced when training gets there again. Where HEAD already names the
-    newest one that verifies, nothing is written. RunError if none verifies.
+    saved: as for `verify`. HEAD before is None if it could not be read. Nothing is deleted: what lies
+    ahead of HEAD is no longer reachable and is replaced when training gets there again. Where HEAD already
+    names the newest one that verifies, nothing is written. RunError if none verifies.
     """
-    report = verify(directory, threads=threads)
+    report = verify(directory, threads=threads, saved=saved)
     try:
         before = read_head(directory)
     except Damage:

@@ -8,19 +8,20 @@ shard stops the run at the first window that touches it, in a terabyte as in a m
 price is one hash of each byte that training visits, in the prefetch thread. Directories of up to
 256 MiB are checked whole when they are opened, so that small data fail before the first step.
 `verify` reads everything, at any size, and checks what no single window can show: that the
-documents begin where `documents.bin` says, and that text bytes add up.
+documents begin where `documents.bin` says, and that text bytes add up. Opening and `verify` tell
+of every file that is not as it was, not of the first alone.
 """
 
 import hashlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from nmoe.data.manifest import BLOCK_BYTES, Manifest, invalid, read_manifest, shard_name
 from nmoe.data.source import check_range
-from nmoe.errors import RunError, fail
+from nmoe.errors import Diagnostic, RunError, fail
 
 WHOLE_CHECK_BYTES = 2**28
 RESTORE = "restore the directory from its origin, or make it again with `nmoe data prepare`"
@@ -54,27 +55,28 @@ class ShardSource:
         self._maps: dict[int, np.ndarray] = {}
         self._document_starts: np.ndarray | None = None
         if self.num_tokens * manifest.item_bytes <= WHOLE_CHECK_BYTES:
-            for index, entry in enumerate(manifest.shards):
-                self._check_blocks(index, 0, entry.num_tokens)
+            sizes = enumerate(entry.num_tokens for entry in manifest.shards)
+            _raise(found for index, size in sizes for found in _faults(self._check_blocks, index, 0, size))
 
     def _check_files(self) -> None:
-        expected = self.manifest.files()
+        expected, faults = self.manifest.files(), []
         for name, size in expected.items():
             try:
                 status = (self.directory / name).stat()
-            except OSError as error:
-                raise fail("N0242", f"`{name}` is missing", place=str(self.directory), help=RESTORE) from error
+            except OSError:
+                faults.append(self._odd(f"`{name}` is missing", RESTORE))
+                continue
             if not stat.S_ISREG(status.st_mode) or status.st_size != size:
-                raise fail(
-                    "N0242", f"`{name}` has {status.st_size} bytes where the manifest says {size}",
-                    place=str(self.directory), help=RESTORE,
-                )  # fmt: skip
-        extra = sorted(path.name for path in self.directory.glob("shard_*") if path.name not in expected)
-        if extra:
-            raise fail(
-                "N0242", f"`{extra[0]}` is not in the manifest", place=str(self.directory),
-                help="move it away if it does not belong to the data, else " + RESTORE,
-            )  # fmt: skip
+                faults.append(
+                    self._odd(f"`{name}` has {status.st_size} bytes where the manifest says {size}", RESTORE)
+                )
+        way_out = "move it away if it does not belong to the data, else " + RESTORE
+        for name in sorted(path.name for path in self.directory.glob("shard_*") if path.name not in expected):
+            faults.append(self._odd(f"`{name}` is not in the manifest", way_out))
+        _raise(faults)
+
+    def _odd(self, message: str, help: str) -> Diagnostic:
+        return Diagnostic(code="N0242", message=message, place=str(self.directory), help=help)
 
     def _table(self, name: str, sha256: str) -> bytes:
         content = (self.directory / name).read_bytes()
@@ -140,29 +142,55 @@ class ShardSource:
 
         Raises RunError like opening does.
         """
-        starts, text_bytes, position, opened = self.document_starts, 0, 0, 0
-        step = 64 * BLOCK_BYTES // self.manifest.item_bytes
-        for index, entry in enumerate(self.manifest.shards):
-            hasher, blocks = hashlib.sha256(), int(self._first_block[index])
-            tokens_T = self._map(index)
-            for first in range(0, entry.num_tokens, step):
-                content = tokens_T[first : first + step]
-                self._checked[blocks + first * self.manifest.item_bytes // BLOCK_BYTES :][:64] = False
-                self._check_blocks(index, first, first + len(content))
-                hasher.update(content.tobytes())
-                found = np.flatnonzero(content == self.end_of_document) + position
-                if not np.array_equal(found, starts[opened : opened + len(found)]):
-                    raise self._changed("documents.bin", f" (tokens {position} and after)")
-                text_bytes += int(self.token_bytes_V[content].sum())
-                opened, position = opened + len(found), position + len(content)
-                if progress is not None:
-                    progress(position, self.num_tokens)
-            if hasher.hexdigest() != entry.sha256:
-                raise self._changed(shard_name(index))
-        if opened != len(starts):
+        faults = _faults(lambda: self.document_starts)
+        text_bytes = opened = 0
+        for index, before in enumerate(self._starts.tolist()):
+            try:
+                for content, first in self._read_shard(index):
+                    found = np.flatnonzero(content == self.end_of_document) + before + first
+                    if not faults and not np.array_equal(found, self.document_starts[opened : opened + len(found)]):
+                        faults += self._changed("documents.bin", f" (tokens {before + first} and after)").diagnostics
+                    opened += len(found)
+                    text_bytes += int(self.token_bytes_V[content].sum())
+                    if progress is not None:
+                        progress(before + first + len(content), self.num_tokens)
+            except RunError as error:
+                faults += error.diagnostics
+        _raise(faults)
+        if opened != len(self.document_starts):
             raise self._changed("documents.bin", f" ({opened} documents found)")
         if self.manifest.altered_documents == 0 and text_bytes != self.manifest.text_bytes:
             raise invalid(self.directory / "manifest.json", f"text_bytes is not the {text_bytes} found")
+
+    def _read_shard(self, index: int) -> Iterator[tuple[np.ndarray, int]]:
+        """(tokens, where they begin in the shard), piece by piece; block by block and whole they must be as written."""
+        step = 64 * BLOCK_BYTES // self.manifest.item_bytes
+        entry, hasher, blocks = self.manifest.shards[index], hashlib.sha256(), int(self._first_block[index])
+        tokens_T = self._map(index)
+        for first in range(0, entry.num_tokens, step):
+            content = tokens_T[first : first + step]
+            self._checked[blocks + first * self.manifest.item_bytes // BLOCK_BYTES :][:64] = False
+            self._check_blocks(index, first, first + len(content))
+            hasher.update(content.tobytes())
+            yield content, first
+        if hasher.hexdigest() != entry.sha256:
+            raise self._changed(shard_name(index))
+
+
+def _faults(check: Callable[..., object], *given: int) -> list[Diagnostic]:
+    """What a check finds."""
+    try:
+        check(*given)
+    except RunError as error:
+        return list(error.diagnostics)
+    return []
+
+
+def _raise(faults: Iterable[Diagnostic]) -> None:
+    """All of them, or nothing."""
+    found = list(faults)
+    if found:
+        raise RunError(found)
 
 
 def open_shards(directory: str | Path) -> ShardSource:

@@ -48,7 +48,8 @@ def _read(path: str | Path) -> bytes:
     try:
         content = files.read(Path(path), limit=MAX_FILE_BYTES)
     except OSError as error:
-        raise _bad_file(path, f"the tokenizer cannot be read: {error.strerror}", help="check the path") from error
+        cause = error.strerror or error
+        raise _bad_file(path, f"the tokenizer cannot be read: {cause}", help="check the path") from error
     if len(content) > MAX_FILE_BYTES:
         raise _bad_file(path, "the tokenizer file is larger than 256 MiB", help="check that it is a tokenizer")
     return content

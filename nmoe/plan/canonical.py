@@ -68,9 +68,8 @@ def _utf16(key: str) -> bytes:
     return key.encode("utf-16-be", errors="surrogatepass")
 
 
-def _string(text: str) -> str:
-    """JSON string: \\b \\t \\n \\f \\r, quote and backslash escaped, other controls as \\u00xx, the rest as it is."""
-    return json.dumps(text, ensure_ascii=False)
+_string = json.JSONEncoder(ensure_ascii=False).encode
+"""JSON string: \\b \\t \\n \\f \\r, quote and backslash escaped, other controls as \\u00xx, the rest as it is."""
 
 
 def number(value: float) -> str:

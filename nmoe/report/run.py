@@ -18,6 +18,7 @@ from nmoe.checkpoint.verify import Fault
 from nmoe.errors import ConfigError, Diagnostic, fail
 from nmoe.metrics import ledger
 from nmoe.metrics.schema import METRICS
+from nmoe.plan import fingerprint
 from nmoe.plan.diff import flat
 
 PLAN, ENVIRONMENT, CHECKPOINTS = "plan.json", "env.json", "checkpoints"
@@ -90,13 +91,8 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
     """
     require_run(path)
     plan = read_plan(path)
-    environment = _environment(path)
-    output = flat(plan["resolved"])
-    run_dir, metrics_dir = (output.get(f"output.{key}") for key in ("run_dir", "metrics_dir"))
-    name = Path(run_dir if isinstance(run_dir, str) else path.resolve()).name
-    if metrics is None:
-        metrics = _metrics(path, metrics_dir if isinstance(metrics_dir, str) else None, environment, name)
-    directory = metrics / name
+    environment = read_environment(path)
+    name, directory = ledger_of(path, plan, environment, metrics=metrics)
     steps = ledger.files(directory) if _is_directory(directory) else {}
     kept = verify.read_kept(path / CHECKPOINTS)
     faulty = {fault.step for fault in kept.faults}
@@ -112,6 +108,18 @@ def read_run(path: Path, *, metrics: Path | None = None) -> Run:
     )
 
 
+def ledger_of(
+    path: Path, plan: Mapping[str, Any], environment: Mapping[str, Any], *, metrics: Path | None = None
+) -> tuple[str, Path]:
+    """(what a run's metrics go by, the directory of them alone); metrics: as `read_run`."""
+    output = flat(plan["resolved"])
+    run_dir, metrics_dir = (output.get(f"output.{key}") for key in ("run_dir", "metrics_dir"))
+    name = Path(run_dir if isinstance(run_dir, str) else path.resolve()).name
+    if metrics is None:
+        metrics = _metrics(path, metrics_dir if isinstance(metrics_dir, str) else None, environment, name)
+    return name, metrics / name
+
+
 def require_run(path: Path) -> None:
     """ConfigError N0318 unless that is a run's directory, or what is left of one."""
     if not (path / PLAN).is_file() and not (path / CHECKPOINTS).is_dir():
@@ -125,19 +133,31 @@ def require_run(path: Path) -> None:
 
 
 def read_plan(run: Path) -> dict[str, Any]:
-    """The content of plan.json with its identity checked for shape; RunError N0314 if it is not that."""
+    """The content of plan.json, its identity checked for shape and against its digests; RunError N0314 if it is none.
+
+    What follows from the resolved tree (memory, groups) is for people, and not looked at.
+    """
     path = run / PLAN
     try:
         stored = strict_json.loads(disk.read(path, limit=LIMIT))
         for key, kind in (("fingerprint", str), ("tree_digest", str), ("sections", dict), ("resolved", dict)):
             if not isinstance(stored[key], kind):
                 raise ValueError(f"`{key}` is no {kind.__name__}")
+        if fingerprint.fingerprint(stored["sections"]) != stored["fingerprint"]:
+            raise ValueError("its sections do not have its fingerprint")
+        if fingerprint.digest(stored["resolved"]) != stored["tree_digest"]:
+            raise ValueError("its resolved tree does not have its tree_digest")
     except (Damage, ValueError, KeyError, TypeError) as cause:
         raise fail(
             "N0314", f"the run's plan.json cannot be read: {cause}", place=str(path),
-            help="restore it from a copy, or name another `run_dir`",
+            help="move it away; " + plan_way_out(path),
         ) from cause  # fmt: skip
     return dict(stored)
+
+
+def plan_way_out(path: Path) -> str:
+    """What to do where plan.json is damaged or lost: the plan stands beside it as a config, too."""
+    return f"nmoe build {path.parent / 'resolved.toml'} --json > {path} makes it again"
 
 
 def metrics_directory(run_dir: Path, metrics_dir: str | None) -> Path:
@@ -161,7 +181,7 @@ def _is_directory(path: Path) -> bool:
         return False
 
 
-def _environment(path: Path) -> Mapping[str, Any]:
+def read_environment(path: Path) -> Mapping[str, Any]:
     """The content of env.json; {} where it is not there, or is no record: people alone read it."""
     try:
         found = strict_json.loads(disk.read(path / ENVIRONMENT, limit=LIMIT))

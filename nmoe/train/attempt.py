@@ -117,9 +117,11 @@ class Attempt:
         self.run_dir.record_environment(record)
         self._announce(manifest)
         # Only now, when everything has been verified, is anything of the former attempt cleared away.
-        self.writer = CheckpointWriter(
-            self.run_dir.checkpoints, keep=self.output.keep_checkpoints, control=self.control
-        )
+        keep = self.output.keep_checkpoints
+        self.writer = CheckpointWriter(self.run_dir.checkpoints, keep=keep, control=self.control)
+        for gone in self.writer.removed:
+            self.run_dir.event("removed", **attrs.asdict(gone))
+            self.progress.say(f"the checkpoint of step {gone.step} is removed: {gone.reason}")
         try:
             self.stop.at_once = False
             if isinstance(self.run_dir, FollowedRun):
@@ -150,8 +152,7 @@ class Attempt:
         """This rank's record. RunError N0502 if another rank's can give other bits."""
         record = environment.record(target)
         for rank, theirs in enumerate(self.control.gather("the environment", record)):
-            differences = environment.compare(theirs, record)
-            if differences:
+            if differences := environment.compare(theirs, record):
                 raise fail(
                     "N0502",
                     f"rank {rank} has another environment than rank {self.control.rank}, so their bits may differ",
@@ -190,8 +191,7 @@ class Attempt:
             if one.what not in environment.PASSING
         ]
         if saved.data.get("heldout") != data.get("heldout"):
-            texts = (one.get("heldout", "absent") for one in (saved.data, data))
-            then, now = texts
+            then, now = (one.get("heldout", "absent") for one in (saved.data, data))
             changes.append(environment.Difference(what="held-out text", then=then, now=now))
         if changes:
             self.run_dir.event("moved", changes=environment.table(changes))

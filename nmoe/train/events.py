@@ -24,7 +24,7 @@ LIMIT = 1 << 30
 LINEAGE = re.compile(r"[0-9a-f]{32}")
 ATTEMPTS = 2**31 - 2
 """The ledger counts them in 32 bits, and there has to be a next one."""
-SAVED = ("saving", "stop")
+OF_A_STEP = ("saving", "stop", "rewind")
 """Events that name the step that they are about."""
 
 
@@ -35,6 +35,22 @@ class Past:
     lineage: str
     attempt: int
     events: tuple[dict[str, Any], ...]
+
+    @property
+    def saved(self) -> int:
+        """The step that HEAD has come to for certain since it was last moved back openly; 0 if there is none.
+
+        A stop is told when the last save is whole, and a save of an attempt when the one before it is.
+        """
+        saved, begun = 0, (0, 0)
+        for event in self.events:
+            attempt = event["attempt"]
+            if event["event"] in ("stop", "rewind"):
+                saved = event["step"]
+            elif event["event"] == "saving":
+                saved = begun[1] if begun[0] == attempt else saved
+                begun = (attempt, event["step"])
+        return saved
 
 
 def read(run: Path) -> Past:
@@ -47,7 +63,7 @@ def read(run: Path) -> Past:
         except ValueError as cause:
             raise fail(
                 "N0316", f"line {number} of the run's events cannot be read: {cause}", place=str(run / NAME),
-                help="restore the file from a copy; a kill can tear its last line only",
+                help="restore the file from a copy, or remove the line: what it told is lost, and no state is touched",
             ) from cause  # fmt: skip
         events.append(event)
     return Past(
@@ -68,7 +84,7 @@ def _event(line: bytes) -> dict[str, Any]:
         raise ValueError("a lineage is 32 hex digits")
     if type(event.get("attempt")) is not int or not 1 <= event["attempt"] <= ATTEMPTS:
         raise ValueError(f"an attempt is a number from 1 to {ATTEMPTS}")
-    step = event.get("step", None if event["event"] in SAVED else 0)
+    step = event.get("step", None if event["event"] in OF_A_STEP else 0)
     if type(step) is not int or not 0 <= step < 2**53:
         raise ValueError("a step is a count")
     return event
@@ -111,6 +127,9 @@ def _split(run: Path) -> tuple[bytes, bytes]:
     try:
         content = disk.read(run / NAME, limit=LIMIT)
     except Damage as damage:
-        raise fail("N0316", f"the run's events cannot be read: the file {damage}", place=str(run / NAME)) from damage
+        raise fail(
+            "N0316", f"the run's events cannot be read: the file {damage}", place=str(run / NAME),
+            help=f"move it away; nmoe verify {run} --rewind then begins it anew from the checkpoints",
+        ) from damage  # fmt: skip
     end = content.rfind(b"\n") + 1
     return content[:end], content[end:]

@@ -25,13 +25,13 @@ from nmoe import platform
 from nmoe.checkpoint import disk
 from nmoe.checkpoint.manifest import Manifest
 from nmoe.checkpoint.reader import head_step
-from nmoe.checkpoint.verify import read_kept
+from nmoe.checkpoint.verify import head_behind, read_kept
 from nmoe.errors import fail
 from nmoe.plan.diff import differing, flat
 from nmoe.plan.fingerprint import is_outside
 from nmoe.plan.plan import Plan
 from nmoe.plan.toml import toml_of
-from nmoe.report.run import CHECKPOINTS, ENVIRONMENT, PLAN, read_plan
+from nmoe.report.run import CHECKPOINTS, ENVIRONMENT, PLAN, plan_way_out, read_plan
 from nmoe.train import events, failure, run_lock
 
 FILES = ("config.toml", "resolved.toml", PLAN, ENVIRONMENT, events.NAME, run_lock.LOCK, run_lock.OWNER)
@@ -228,21 +228,27 @@ class RunDir:
         if not path.exists():
             if self.checkpoints.exists():
                 raise fail(
-                    "N0314", "the run has checkpoints and no plan.json", place=str(self.path),
-                    help="restore plan.json from a copy, or name another `run_dir`",
-                )  # fmt: skip
+                    "N0314", "the run has checkpoints and no plan.json", place=str(self.path), help=plan_way_out(path)
+                )
             return None
+        rewind = f"nmoe verify {self.path} --rewind"
         if not past.attempt:
             raise fail(
                 "N0314", f"the run has a plan.json and no {events.NAME}", place=str(self.path),
-                help=f"restore {events.NAME} from a copy, or name another `run_dir`",
+                help=f"restore {events.NAME} from a copy; or {rewind} begins it anew from the checkpoints",
             )  # fmt: skip
-        # A stop is told after its save, so what it names was there; to begin at step 1 again would hide the loss.
-        stops = [event["step"] for event in past.events if event["event"] == "stop"]
-        if any(stops) and not self.checkpoints.exists():
+        # To go on from an earlier step than the run has come to, or from none, would hide a loss.
+        if past.saved and not self.checkpoints.exists():
             raise fail(
-                "N0314", f"the run has been saved at step {stops[-1]} and has no `{CHECKPOINTS}`", place=str(self.path),
+                "N0314", f"the run has been saved at step {past.saved} and has no `{CHECKPOINTS}`",
+                place=str(self.path),
                 help=f"restore `{CHECKPOINTS}` from a copy, or name another `run_dir` to begin anew",
+            )  # fmt: skip
+        behind = head_behind(self.checkpoints, past.saved)
+        if behind:
+            raise fail(
+                "N0314", f"`HEAD` {behind}", place=str(self.checkpoints),
+                help=f"{rewind} goes on openly from the newest checkpoint that verifies",
             )  # fmt: skip
         return read_plan(self.path)
 

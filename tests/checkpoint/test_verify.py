@@ -78,6 +78,17 @@ def test_a_whole_manifest_in_the_wrong_place_breaks_the_chain(tmp_path, tool):
     ]
 
 
+def test_a_manifest_in_the_place_of_another_is_no_witness_of_the_one_before(tmp_path, tool):
+    """What it says of its own parent is of another run: the older checkpoint stays whole, and is gone back to."""
+    for name, attempt in (("a", 1), ("b", 5)):
+        tool.save(tmp_path / name, 1, 2, 3, keep=3, attempt=attempt)
+    foreign = layout.manifest_path(tmp_path / "b", 3).read_bytes()
+    layout.manifest_path(tmp_path / "a", 3).write_bytes(foreign)
+    report = verify(tmp_path / "a")
+    assert [(checked.step, checked.ok) for checked in report.checkpoints] == [(1, True), (2, True), (3, False)]
+    assert rewind(tmp_path / "a")[1].step == 2
+
+
 def test_rewind_goes_to_the_newest_that_verifies_and_training_goes_on_from_there(directory, tool):
     tool.save(directory, 1, 2, 3, keep=3)
     flip(only_of(directory, 3))

@@ -1,13 +1,14 @@
 """nmoe verify at the command line: what it prints, and what it exits with."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from nmoe.checkpoint import format as layout
-from nmoe.checkpoint.manifest import Identity
+from nmoe.checkpoint.manifest import Head, Identity
 from nmoe.checkpoint.reader import head_step
 from nmoe.checkpoint.verify import read_manifest
 from nmoe.checkpoint.writer import CheckpointWriter
@@ -142,11 +143,90 @@ def test_rewind_needs_the_run_to_itself(run, capsys):
     assert head_step(run / "checkpoints") == 3
 
 
+def told_of_a_stop(run):
+    """As the loop tells it, once its last save is whole."""
+    past = events.read(run)
+    events.append(run, "stop", lineage=past.lineage, attempt=past.attempt, step=3, signal=None)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_a_head_that_has_gone_back_unseen(run, capsys, step):
+    """An older HEAD, or the first of all, which names nothing: whole in itself, and not where the run has come to."""
+    told_of_a_stop(run)
+    head = layout.head_path(run / "checkpoints")
+    manifest = read_manifest(run / "checkpoints", step)[1] if step else None
+    head.write_bytes(Head(step=step, manifest=manifest).encode())
+    assert nmoe(["verify", str(run)]) == 1
+    error = capsys.readouterr().err
+    named = f"names step {step}" if step else "names no checkpoint"
+    assert f"checkpoints/HEAD {named}, and the run's events tell that step 3 has been saved" in error
+    assert f"nmoe verify {run} --rewind" in error
+    assert nmoe(["verify", str(run), "--rewind"]) == 0
+    assert head_step(run / "checkpoints") == 3, "the newest that verifies lies ahead"
+    assert nmoe(["verify", str(run)]) == 0
+
+
+def test_a_head_stays_back_openly_where_what_is_ahead_is_damaged(run, capsys):
+    told_of_a_stop(run)
+    layout.head_path(run / "checkpoints").write_bytes(
+        Head(step=2, manifest=read_manifest(run / "checkpoints", 2)[1]).encode()
+    )
+    object_of(run, 3).unlink()
+    assert nmoe(["verify", str(run), "--rewind"]) == 0
+    assert "HEAD stays at step 2, the newest that verifies, and the run's events tell so now" in capsys.readouterr().out
+    assert events.read(run).saved == 2
+    assert nmoe(["verify", str(run)]) == 0
+    assert nmoe(["verify", str(run), "--rewind"]) == 0
+    assert "HEAD stays at step 2: it verifies" in capsys.readouterr().out
+
+
+def test_checkpoints_that_are_gone_are_a_fault_where_the_events_tell_of_them(run, capsys):
+    told_of_a_stop(run)
+    shutil.rmtree(run / "checkpoints")
+    assert nmoe(["verify", str(run)]) == 1
+    error = capsys.readouterr().err
+    assert "checkpoints/HEAD is missing, and the run's events tell that step 3 has been saved" in error
+    assert nmoe(["verify", str(run), "--rewind"]) == 1
+    assert "N0302" in capsys.readouterr().err
+
+
+def test_lost_events_are_begun_anew_from_the_checkpoints(run, capsys):
+    before = events.read(run)
+    (run / "events.jsonl").unlink()
+    assert nmoe(["verify", str(run)]) == 1
+    assert f"events.jsonl is missing\n1 fault; nmoe verify {run} --rewind" in capsys.readouterr().err
+    assert nmoe(["verify", str(run), "--rewind"]) == 0
+    now = events.read(run)
+    assert (now.lineage, now.attempt, now.saved) == (before.lineage, before.attempt, 3)
+    assert [event["event"] for event in now.events] == ["rewind"]
+    assert nmoe(["verify", str(run)]) == 0
+
+
+def test_events_that_cannot_be_read_or_are_another_runs_are_a_fault(run, capsys):
+    path = run / "events.jsonl"
+    good = path.read_text()
+    path.write_text("{}\n" + good)
+    assert nmoe(["verify", str(run)]) == 1
+    assert "fault: events.jsonl line 1 of the run's events cannot be read" in capsys.readouterr().err
+    path.write_text(json.dumps({**json.loads(good), "lineage": "0" * 32}) + "\n")
+    assert nmoe(["verify", str(run)]) == 1
+    assert "fault: events.jsonl never tells of the line of states" in capsys.readouterr().err
+
+
 def test_a_plan_of_another_run_is_a_fault(run, capsys):
     plan = json.loads((run / "plan.json").read_text())
-    (run / "plan.json").write_text(json.dumps({**plan, "fingerprint": "0" * 64}))
+    other = resolve(CONFIG, ["random.seed=1"])
+    (run / "plan.json").write_text(json.dumps(other.to_json()))
     assert nmoe(["verify", str(run), "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["faults"][0]["path"] == "plan.json"
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    saved = plan["fingerprint"][:16]
+    assert fault["path"] == "plan.json"
+    assert fault["message"] == f"is the plan {other.fingerprint[:16]}..., and HEAD was saved by {saved}..."
+    for key, value in (("fingerprint", "0" * 64), ("tree_digest", "0" * 64), ("sections", {}), ("resolved", {})):
+        (run / "plan.json").write_text(json.dumps({**plan, key: value}))
+        assert nmoe(["verify", str(run), "--json"]) == 1
+        (fault,) = json.loads(capsys.readouterr().out)["faults"]
+        assert "cannot be read: its " in fault["message"]
     (run / "plan.json").unlink()
     assert nmoe(["verify", str(run), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["faults"][0]["message"] == "is missing"
@@ -169,5 +249,5 @@ def test_what_is_no_run_is_refused_with_2(tmp_path, capsys, name):
 def test_help_teaches(capsys):
     assert nmoe(["verify", "--help"]) == 0
     text = capsys.readouterr().out
-    for words in ("--rewind", "--json", "state digest", "nmoe verify runs/quickstart", "Exit status"):
+    for words in ("--rewind", "--read-data", "--json", "state digest", "nmoe verify runs/quickstart", "Exit status"):
         assert words in text

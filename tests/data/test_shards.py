@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 
@@ -121,6 +122,32 @@ def test_swapped_shards_are_found(directory, either):
     a.write_bytes(second), b.write_bytes(first)
     with pytest.raises(RunError, match="N0243"):
         read_all(directory)
+
+
+def test_all_that_is_wrong_is_told_at_once(directory, either):
+    """Of files' sizes when the directory is opened; of their content by `verify`, or when small data are opened."""
+    names = ["shard_000000.bin", "shard_000002.bin"]
+    for name in names:
+        content = bytearray((directory / name).read_bytes())
+        content[7] ^= 64
+        (directory / name).write_bytes(content)
+    with pytest.raises(RunError) as caught:
+        open_shards(directory).verify()
+    assert [re.findall(r"`(.*?)`", one.message) for one in caught.value.diagnostics] == [[name] for name in names]
+    (directory / names[0]).unlink()
+    (directory / "shard_000099.bin").write_bytes(b"")
+    (directory / "documents.bin").write_bytes(b"")
+    with pytest.raises(RunError) as caught:
+        open_shards(directory)
+    found = {re.findall(r"`(.*?)`", one.message)[0] for one in caught.value.diagnostics}
+    assert found == {names[0], "documents.bin", "shard_000099.bin"}
+
+
+def test_a_pipe_in_the_manifests_place_is_refused(directory):
+    (directory / "manifest.json").unlink()
+    os.mkfifo(directory / "manifest.json")
+    with pytest.raises(RunError, match=r"N0240.*is not a file"):
+        open_shards(directory)
 
 
 def test_a_large_directory_is_checked_where_it_is_read(texts, write_shards, lazy):

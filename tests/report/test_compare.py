@@ -13,6 +13,7 @@ from nmoe.data.loader import Loader
 from nmoe.errors import RunError
 from nmoe.metrics.sink import Sink
 from nmoe.model import microbatch
+from nmoe.plan.fingerprint import digest
 from nmoe.plan.resolve import resolve
 from nmoe.report import compare as report
 from nmoe.report.run import read_run
@@ -329,7 +330,7 @@ def test_a_run_that_was_moved_has_its_metrics_beside_it(straight, tmp_path):
     renamed = (tmp_path / "straight").rename(tmp_path / "renamed")
     plan = json.loads((renamed / "plan.json").read_text())
     plan["resolved"]["output"]["metrics_dir"] = str(tmp_path / "gone")
-    (renamed / "plan.json").write_text(json.dumps(plan))
+    (renamed / "plan.json").write_text(json.dumps({**plan, "tree_digest": digest(plan["resolved"])}))
     moved = read_run(renamed)
     assert moved.ledger == tmp_path / "metrics" / "straight"
     assert report.compare(read_run(straight.path("straight")), moved).identical

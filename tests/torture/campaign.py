@@ -32,7 +32,9 @@ import attrs
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.json")
-SUBJECTS: tuple[str, ...] = ("crash", "power", "faults", "kills", "metrics", "signals", "fuzz")
+SUBJECTS: tuple[str, ...] = (
+    "crash", "power", "faults", "corruption", "kills", "metrics", "signals", "fuzz",
+)  # fmt: skip
 BATCH_S = 1800
 CODE = ("nmoe", "registry", "tests/torture", "tests/train", "tests/checkpoint", "tests/rdep")
 BENCH = ROOT / "nmoe" / "bench"

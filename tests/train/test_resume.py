@@ -4,12 +4,14 @@ import json
 
 import pytest
 
+from nmoe.checkpoint.format import manifest_path
 from nmoe.data import corpus
 from nmoe.data.loader import Prefetcher
 from nmoe.data.prepare import Request, prepare
 from nmoe.data.tokenizer import BytesTokenizer
 from nmoe.errors import RunError
 from nmoe.metrics.reader import read_rows
+from nmoe.train import events
 from tests.train.launches import GROUPS, first_difference
 
 STEPS = 12
@@ -91,3 +93,15 @@ def test_a_loader_thread_that_dies_without_a_word_stops_the_run(runs, toy, monke
     assert runs.head("run").step == 2
     runs.train("run", *keys)
     assert runs.head("run").step == 5
+
+
+def test_a_damaged_older_checkpoint_goes_and_it_is_said(runs, toy, straight, capfd):
+    """It is nothing that the run needs; the disk that has damaged it is news all the same."""
+    runs.train("run", *toy, "output.stop_after_step=4", "output.checkpoint_every=1", "output.keep_checkpoints=3")
+    manifest_path(runs.path("run") / "checkpoints", 3).write_bytes(b"{}")
+    runs.train("run", *toy, "output.keep_checkpoints=3")
+    assert first_difference(straight, left(runs, "run")) == ""
+    told = [event for event in events.read(runs.path("run")).events if event["event"] == "removed"]
+    assert [(event["attempt"], event["step"]) for event in told] == [(2, 3)]
+    assert told[0]["reason"].startswith("not intact: has in the manifest unknown or missing keys")
+    assert "the checkpoint of step 3 is removed: not intact: " in capfd.readouterr().err

@@ -12,6 +12,8 @@ import attrs
 import pytest
 
 from nmoe.checkpoint import disk
+from nmoe.checkpoint.manifest import Head
+from nmoe.cli.main import run as nmoe
 from nmoe.errors import RunError
 from nmoe.plan.resolve import resolve
 from nmoe.report.run import read_plan
@@ -127,6 +129,85 @@ def test_a_run_that_lacks_its_own_files_is_refused(tmp_path, damage, words):
         open_run(tmp_path / "run")
     assert words in caught.value.render()
     assert not (tmp_path / "run" / "owner.json").exists(), "the lock was kept"
+
+
+@pytest.mark.parametrize("how", ["unlink", "damage", "another tree"])
+def test_a_damaged_plan_is_made_again_as_the_help_says(tmp_path, capsys, how):
+    open_run(tmp_path / "run").close()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    path = tmp_path / "run" / "plan.json"
+    plan = json.loads(path.read_text())
+    plan["resolved"]["random"]["seed"] += 1
+    path.unlink()
+    if how != "unlink":
+        path.write_text("{" if how == "damage" else json.dumps(plan))
+    with pytest.raises(RunError, match="N0314") as caught:
+        open_run(tmp_path / "run")
+    path.unlink(missing_ok=True)  # "move it away"
+    command, target = caught.value.diagnostics[0].help.partition("nmoe build ")[2].removesuffix(
+        " makes it again").split(" > ")  # fmt: skip
+    assert target == str(path)
+    assert nmoe(["build", *command.split()]) == 0
+    path.write_text(capsys.readouterr().out)
+    with open_run(tmp_path / "run") as run:
+        assert run.attempt == 2
+
+
+def event(name, attempt, **fields):
+    return {"event": name, "attempt": attempt, "lineage": "x", **fields}
+
+
+def start(attempt):
+    return event("start", attempt)
+
+
+def stop(attempt, step):
+    return event("stop", attempt, step=step)
+
+
+def saving(attempt, step):
+    return event("saving", attempt, step=step)
+
+
+@pytest.mark.parametrize(
+    ("history", "saved"),
+    [
+        ([start(1)], 0),
+        ([start(1), saving(1, 2)], 0),  # it may have been killed before that was whole
+        ([start(1), saving(1, 2), saving(1, 4)], 2),
+        ([start(1), saving(1, 2), start(2), saving(2, 2)], 0),
+        ([start(1), saving(1, 2), saving(1, 4), stop(1, 4)], 4),
+        ([start(1), saving(1, 2), stop(1, 2), start(2), saving(2, 4)], 2),
+        ([start(1), saving(1, 2), saving(1, 4), stop(1, 4), event("rewind", 1, step=2)], 2),
+        ([start(1), stop(1, 0)], 0),
+    ],
+)
+def test_what_the_events_prove_to_have_been_saved(history, saved):
+    assert events.Past(lineage="x", attempt=1, events=tuple(history)).saved == saved
+
+
+@pytest.mark.parametrize("step", [None, "3", 3.0, True])
+def test_an_event_that_lacks_its_step_is_refused(tmp_path, step):
+    with open_run(tmp_path / "run") as run:
+        run.event("stop", **({} if step is None else {"step": step}))
+    with pytest.raises(RunError, match=r"N0316.*line 2") as caught:
+        open_run(tmp_path / "run")
+    assert "remove the line" in caught.value.render()
+
+
+@pytest.mark.parametrize("head", [None, Head(step=0, manifest=None), Head(step=2, manifest="a" * 64)])
+def test_a_run_never_goes_back_in_silence(tmp_path, head):
+    """Its events tell of a checkpoint of step 4: an older HEAD, one that names nothing, or none is refused."""
+    with open_run(tmp_path / "run") as run:
+        run.event("stop", step=4, signal=None)
+        run.checkpoints.mkdir()
+        if head is not None:
+            (run.checkpoints / "HEAD").write_bytes(head.encode())
+    with pytest.raises(RunError, match=r"N0314.*`HEAD` .*tell that step 4 has been saved") as caught:
+        open_run(tmp_path / "run")
+    assert f"nmoe verify {tmp_path / 'run'} --rewind goes on openly" in caught.value.render()
+    with pytest.raises(RunError, match="N0314"):
+        open_run(tmp_path / "run")
 
 
 def test_a_directory_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeypatch):
