@@ -4,8 +4,9 @@ Whatever shows metrics reads them here, from the files themselves. Superseded fi
 deeper than the pattern reaches, so a reader sees the rows of the run as it stands.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import attrs
 import duckdb
@@ -43,20 +44,32 @@ def read_rows(directory: Path, *, names: Collection[str] | None = None) -> list[
     columns = ", ".join(field.name for field in ledger.COLUMNS)
     where = "" if names is None else "where list_contains(?, name)"
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:
-        try:
-            found = connection.execute(
+
+        def read(some: list[str]) -> list[tuple[Any, ...]]:
+            return connection.execute(
                 f"select {columns} from read_parquet(?, file_row_number = true) {where} order by step, file_row_number",
-                [paths] if names is None else [paths, list(names)],
+                [some] if names is None else [some, list(names)],
             ).fetchall()
+
+        try:
+            found = read(paths)
         except duckdb.Error as cause:
             raise fail(
                 "N0403",
                 f"the metrics cannot be read: {str(cause).splitlines()[0]}",
-                place=str(directory),
-                help="move the file it names away; its rows are lost, the training is not touched",
+                place=next((path for path in paths if _fails(read, path)), str(directory)),
+                help="move the file away; its rows are lost, the training is not touched",
             ) from cause
     names_of_columns = [field.name for field in ledger.COLUMNS]
     return [Row(**dict(zip(names_of_columns, row, strict=True))) for row in found]
+
+
+def _fails(read: Callable[[list[str]], object], path: str) -> bool:
+    try:
+        read([path])
+    except duckdb.Error:
+        return True
+    return False
 
 
 def last_value(directory: Path, name: str, *, label: str | None = None) -> float | None:

@@ -115,6 +115,17 @@ def test_a_flipped_bit_is_found_or_harmless(tmp_path):
         ledger.verify(tmp_path / "moonlet")
 
 
+def test_the_reader_names_the_file_that_it_cannot_read(tmp_path):
+    with opened(tmp_path) as into:
+        fill(into, 1)
+        fill(into, 2)
+    path = tmp_path / "moonlet" / ledger.file_name(2)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(RunError, match="N0403") as caught:
+        reader.read_rows(tmp_path / "moonlet")
+    assert caught.value.diagnostics[0].place == str(path)
+
+
 def test_pages_really_carry_checksums(tmp_path):
     """A flip in the last page of the values: it is the checksum that finds it."""
     with opened(tmp_path) as into:

@@ -208,19 +208,22 @@ def more_files(place: Place, draw: Random) -> Done:
 
 def data(place: Place, draw: Random) -> Done:
     path = draw.choice(sorted(place.origin))
-    part = path.parts[-3]
+    part, also = path.parts[-3], ()
     if draw.random() < 0.1:
         like = [one for one in sorted(place.origin) if one.parent == path.parent and one.name.startswith("shard")]
         path, other = draw.sample(like, 2)
         put(path, place.origin[other]), put(other, place.origin[path])
         way = "swapped"
+        also = (other.name,)
     elif draw.random() < 0.05:
         path = path.with_name("shard_000099.bin")
         path.write_bytes(b"12")
         way = "is there too"
     else:
         way = befall(draw, path)
-    names = (path.name, "training data", "held-out text")
+    names = (path.name, *also, "training data", "held-out text")
+    if path.name == "manifest.json":
+        names += ("what the manifest says",)  # it and a file differ, and nobody can tell which of the two is damaged
     if way == LINKED:
         return Done("data", f"{part}: {path.name} {way}", names, must="go on", seen=False)
     whole = place.scene == "shards" and path.name != "documents.bin"
