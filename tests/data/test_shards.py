@@ -146,7 +146,7 @@ def test_all_that_is_wrong_is_told_at_once(directory, either):
 def test_a_pipe_in_the_manifests_place_is_refused(directory):
     (directory / "manifest.json").unlink()
     os.mkfifo(directory / "manifest.json")
-    with pytest.raises(RunError, match=r"N0240.*is not a file"):
+    with pytest.raises(RunError, match=r"N0240.*not a regular file"):
         open_shards(directory)
 
 

@@ -316,10 +316,10 @@ def test_a_plan_that_names_directories_that_cannot_be_has_no_metrics_there(strai
     path = tmp_path / "straight" / "plan.json"
     stored = json.loads(path.read_text())
     stored["resolved"]["output"]["metrics_dir"] = "a" * 5000
-    path.write_text(json.dumps(stored))
+    path.write_text(json.dumps({**stored, "tree_digest": digest(stored["resolved"])}))
     assert read_run(tmp_path / "straight").ledger == tmp_path / "metrics" / "straight"
     stored["resolved"]["output"]["run_dir"] = "b" * 5000
-    path.write_text(json.dumps(stored))
+    path.write_text(json.dumps({**stored, "tree_digest": digest(stored["resolved"])}))
     assert read_run(tmp_path / "straight").steps == {}
 
 

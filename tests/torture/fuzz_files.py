@@ -20,7 +20,7 @@ from nmoe.data.manifest import BLOCK_BYTES
 from tests.torture import mutate, trainings
 from tests.torture.campaign import Tally
 from tests.torture.fuzz_case import Count
-from tests.torture.fuzz_scene import File, of_data, of_run, resealed, restored
+from tests.torture.fuzz_scene import File, of_data, of_run, resealed, restored, sealed_plan
 
 JSON_WORDS = (
     b"null",
@@ -76,6 +76,7 @@ def _moved(disk: Path) -> None:
     """The run's plan.json says where it is, as if it had been begun there."""
     plan = disk / "run" / "plan.json"
     plan.write_text(plan.read_text().replace(str(disk.with_name("straight")), str(disk)))
+    sealed_plan(plan)
 
 
 def _of_training(ended: trainings.Ended) -> Iterator[str]:
@@ -118,6 +119,13 @@ def _changed(draws: random.Random, file: File) -> None:
         twice, spoilt = b"%s %s %s\n" % (token, rank, rank), b"!%s %s\n" % (token, rank)
         lines[at] = draws.choice((numbered, twice, spoilt, b"%s\n" % rank, b" %s\n" % rank, b"\n", lines[0]))
         file.path.write_bytes(b"".join(lines))
+
+
+def _plan(draws: random.Random, file: File) -> None:
+    """A plan.json changed as it lies there; or changed, with the digests of what it then says."""
+    _changed(draws, file)
+    if draws.random() < 0.6:
+        sealed_plan(file.path)
 
 
 def _checkpoint(draws: random.Random, file: File) -> None:
@@ -284,7 +292,8 @@ ROWS: tuple[Callable[[random.Random, Any], Any], ...] = (
     _other_rows,
 )
 SPECIAL: dict[str, Callable[[random.Random, File], None]] = {
-    "checkpoint manifest": _checkpoint, "shards' manifest": _shards, "journal": _journal, "ledger": _ledger,
+    "checkpoint manifest": _checkpoint, "plan": _plan, "shards' manifest": _shards, "journal": _journal,
+    "ledger": _ledger,
     **dict.fromkeys(("shard_000000.bin", "blocks.bin", "documents.bin", "token_bytes.bin"), _table),
 }  # fmt: skip
 KINDS = {"run": of_runs, "data": of_datas, "train": whole}

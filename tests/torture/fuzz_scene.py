@@ -27,6 +27,7 @@ from nmoe.data.tokenizer import BytesTokenizer, HuggingFaceTokenizer, TiktokenTo
 from nmoe.errors import NmoeError
 from nmoe.metrics import ledger
 from nmoe.metrics.reader import last_value
+from nmoe.plan.fingerprint import digest, fingerprint
 from nmoe.plan.resolve import resolve
 from nmoe.rdep.control import Control
 from nmoe.report.run import read_run
@@ -286,6 +287,16 @@ def resealed(checkpoints: Path, step: int, fields: Any) -> None:
     (checkpoints / f"step_{step:08d}" / "manifest.json").write_bytes(content)
     head = {"manifest": hashlib.sha256(content).hexdigest(), "step": step, "version": 1}
     (checkpoints / "HEAD").write_bytes(_text(head))
+
+
+def sealed_plan(path: Path) -> None:
+    """Gives a plan.json the digests of its sections and of its tree, if they can have any."""
+    try:
+        stored = json.loads(path.read_bytes())
+        stored.update(fingerprint=fingerprint(stored["sections"]), tree_digest=digest(stored["resolved"]))
+        path.write_text(json.dumps(stored, indent=1))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, NmoeError):
+        return
 
 
 def _digest(value: Any) -> str:
