@@ -302,9 +302,7 @@ def test_a_damaged_object_is_not_shown(with_fault, straight):
 def test_a_damaged_ledger_is_an_error(straight, tmp_path):
     straight.copy("straight", tmp_path)
     path = tmp_path / "metrics" / "straight" / "step_00000002.parquet"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 3] ^= 16
-    path.write_bytes(content)
+    path.write_bytes(path.read_bytes()[:-1])  # a single bit may be one of those that say nothing
     with pytest.raises(RunError, match="N0403"):
         report.compare(
             read_run(straight.path("straight")), read_run(tmp_path / "straight", metrics=tmp_path / "metrics")
