@@ -119,12 +119,8 @@ def make_directory(path: Path) -> None:
 
 def read(path: Path, *, step: int, run: str) -> pa.Table:
     """One file, every page checked; RunError N0403 if it is not that step of that run, whole."""
+    require_file(path)
     try:
-        status = path.stat(follow_symlinks=False)
-        if not stat.S_ISREG(status.st_mode):
-            raise _damaged(path, "is not a regular file")
-        if status.st_size > LARGEST:
-            raise _damaged(path, f"has {status.st_size} bytes, more than the {LARGEST} that a step may have")
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = _whole(path, file)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as cause:
@@ -150,6 +146,18 @@ def read(path: Path, *, step: int, run: str) -> pa.Table:
     if keys.group_by(keys.column_names).aggregate([]).num_rows != table.num_rows:
         raise _damaged(path, "has a row twice")
     return table
+
+
+def require_file(path: Path) -> None:
+    """RunError N0403 unless that is a regular file of a size that a step may have: no pipe is waited for."""
+    try:
+        status = path.stat(follow_symlinks=False)
+    except OSError as cause:
+        raise _damaged(path, f"cannot be read: {(cause.strerror or str(cause)).lower()}") from cause
+    if not stat.S_ISREG(status.st_mode):
+        raise _damaged(path, "is not a regular file")
+    if status.st_size > LARGEST:
+        raise _damaged(path, f"has {status.st_size} bytes, more than the {LARGEST} that a step may have")
 
 
 def _whole(path: Path, file: pq.ParquetFile) -> pa.Table:

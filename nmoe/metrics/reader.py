@@ -38,9 +38,12 @@ def read_rows(directory: Path, *, names: Collection[str] | None = None) -> list[
 
     directory: `<metrics_dir>/<run>`. Empty for a run without metrics. RunError N0403 if a file cannot be read.
     """
-    paths = [str(path) for path in ledger.files(directory).values()]
-    if not paths:
+    files = list(ledger.files(directory).values())
+    if not files:
         return []
+    for path in files:
+        ledger.require_file(path)
+    paths = [str(path) for path in files]
     columns = ", ".join(field.name for field in ledger.COLUMNS)
     where = "" if names is None else "where list_contains(?, name)"
     with duckdb.connect(":memory:", config={"threads": 1}) as connection:

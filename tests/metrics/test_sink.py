@@ -355,6 +355,24 @@ def test_a_directory_that_a_killed_process_made_is_made_durable(tmp_path, monkey
     assert synced[1:] == [tmp_path, tmp_path / "metrics"]
 
 
+@pytest.mark.parametrize("odd", ["pipe", "hole", "link"])
+def test_no_reader_waits_for_a_pipe_or_follows_a_link(tmp_path, odd):
+    with opened(tmp_path) as into:
+        fill(into, 1)
+    path = tmp_path / "moonlet" / ledger.file_name(2)
+    if odd == "pipe":
+        os.mkfifo(path)
+    elif odd == "link":
+        path.symlink_to(tmp_path / "moonlet" / ledger.file_name(1))
+    else:
+        path.touch()
+        os.truncate(path, 1 << 40)
+    with pytest.raises(RunError, match="N0403"):
+        ledger.read(path, step=2, run="moonlet")
+    with pytest.raises(RunError, match="N0403"):
+        reader.read_rows(tmp_path / "moonlet")
+
+
 def rewritten(path, column, values):
     """Puts a whole file with other values in one column in its place."""
     table = pq.read_table(path)
