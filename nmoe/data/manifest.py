@@ -20,6 +20,7 @@ from typing import Any
 import attrs
 import numpy as np
 
+from nmoe import strict_json
 from nmoe.data import files
 from nmoe.errors import RunError, fail
 
@@ -133,20 +134,12 @@ def read_manifest(path: Path) -> Manifest:
     if len(content) > MAX_MANIFEST_BYTES:
         raise invalid(path, "it is larger than 256 MiB")
     try:
-        tree = json.loads(content.decode("ascii"), object_pairs_hook=_no_doubles)
-        manifest = _structure(tree)
-    except (ValueError, RecursionError) as error:
-        raise invalid(path, str(error) or type(error).__name__) from error
+        manifest = _structure(strict_json.loads(content))
+    except ValueError as error:
+        raise invalid(path, str(error)) from error
     if manifest.encode() != content:
         raise invalid(path, "it is not written in canonical form")
     return manifest
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        raise ValueError("a key stands twice")
-    return tree
 
 
 def _structure(tree: Any) -> Manifest:

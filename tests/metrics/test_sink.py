@@ -7,42 +7,12 @@ import subprocess
 import sys
 
 import duckdb
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from nmoe.errors import RunError
 from nmoe.metrics import ledger, reader, sink
-from nmoe.metrics.sink import Sink
-
-
-def opened(directory, attempt=1, run="moonlet"):
-    return Sink(directory, run=run, lineage="line-1", attempt=attempt)
-
-
-def fill(into, step):
-    into.add("train/loss", 1.0 / 3.0 + step)
-    for layer in (0, 3):
-        into.add("router/entropy", 0.9 + layer, layer=layer)
-        into.add("router/expert_load", float(step), layer=layer, expert=7)
-    into.add("grad/group_norm", 2.5, label="dense")
-    into.add("memory/resident", 2**40 + 1, rank=0)
-    into.add("data/batch_digest", None, label=f"{step:064x}")
-    into.commit(step, step * 1000, 1_700_000_000_000_000_000 + step)
-
-
-def expected(step, attempt=1):
-    head = ("moonlet", "line-1", attempt, step, step * 1000, 1_700_000_000_000_000_000 + step)
-    return [
-        (*head, "train/loss", None, None, None, None, 1.0 / 3.0 + step),
-        (*head, "router/entropy", 0, None, None, None, 0.9),
-        (*head, "router/expert_load", 0, 7, None, None, float(step)),
-        (*head, "router/entropy", 3, None, None, None, 3.9),
-        (*head, "router/expert_load", 3, 7, None, None, float(step)),
-        (*head, "grad/group_norm", None, None, None, "dense", 2.5),
-        (*head, "memory/resident", None, None, 0, None, 2.0**40 + 1),
-        (*head, "data/batch_digest", None, None, None, f"{step:064x}", None),
-    ]
+from tests.metrics.ledgers import expected, fill, opened
 
 
 def test_read_back_by_arrow_by_duckdb_and_by_the_reader(tmp_path):
@@ -87,77 +57,6 @@ def test_one_query_reads_all_runs_and_follows_the_files(tmp_path):
         fill(a, 2)
         a.flush()
         assert connection.sql(query).fetchall() == [("a", 2), ("b's", 1)]
-
-
-def test_a_flipped_bit_is_found_or_harmless(tmp_path):
-    """Arrow's checksums and the ledger's own checks together: no flip changes what is read."""
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    whole = path.read_bytes()
-    good = ledger.read(path, step=1, run="moonlet")
-    in_pages = 0
-    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    for place in range(0, len(whole), 3):
-        flipped = bytearray(whole)
-        flipped[place] ^= 1 << (place % 8)
-        path.write_bytes(flipped)
-        try:
-            table = ledger.read(path, step=1, run="moonlet")
-        except RunError as error:
-            assert error.diagnostics[0].code == "N0403"
-            in_pages += place < footer
-        else:
-            assert table.equals(good), f"byte {place} changed what is read, in silence"
-    assert in_pages * 3 / footer > 0.8
-    path.write_bytes(whole[:-1])
-    with pytest.raises(RunError, match="N0403"):
-        ledger.verify(tmp_path / "moonlet")
-
-
-def test_the_reader_names_the_file_that_it_cannot_read(tmp_path):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-        fill(into, 2)
-    path = tmp_path / "moonlet" / ledger.file_name(2)
-    path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(RunError, match="N0403") as caught:
-        reader.read_rows(tmp_path / "moonlet")
-    assert caught.value.diagnostics[0].place == str(path)
-
-
-def test_pages_really_carry_checksums(tmp_path):
-    """A flip in the last page of the values: it is the checksum that finds it."""
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    raw = bytearray(path.read_bytes())
-    column = pq.ParquetFile(path).metadata.row_group(0).column(11)
-    start = column.dictionary_page_offset or column.data_page_offset
-    raw[start + column.total_compressed_size - 3] ^= 0x40
-    path.write_bytes(raw)
-    with pytest.raises(OSError, match=r"(?i)crc"):
-        pq.read_table(path, page_checksum_verification=True)
-    with pytest.raises(RunError, match="N0403"):
-        opened(tmp_path)
-
-
-def test_a_file_under_another_name_is_damage(tmp_path):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    directory = tmp_path / "moonlet"
-    (directory / ledger.file_name(1)).rename(directory / ledger.file_name(2))
-    with pytest.raises(RunError, match=r"N0403.*holds step 1 where its name says 2"):
-        opened(tmp_path)
-    (directory / ledger.file_name(2)).rename(directory / ledger.file_name(1))
-    directory.rename(tmp_path / "other")
-    with pytest.raises(RunError, match=r"N0403.*holds run moonlet where its name says other"):
-        ledger.verify(tmp_path / "other")
-    target = tmp_path / "moonlet2"
-    target.mkdir()
-    (target / ledger.file_name(1)).symlink_to(tmp_path / "other" / ledger.file_name(1))
-    with pytest.raises(RunError, match=r"N0403.*not a regular file"):
-        ledger.verify(target)
 
 
 def test_a_resume_sets_aside_what_lies_past_it(tmp_path):
@@ -355,85 +254,6 @@ def test_a_directory_that_a_killed_process_made_is_made_durable(tmp_path, monkey
     assert synced[1:] == [tmp_path, tmp_path / "metrics"]
 
 
-@pytest.mark.parametrize("odd", ["pipe", "hole", "link"])
-def test_no_reader_waits_for_a_pipe_or_follows_a_link(tmp_path, odd):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(2)
-    if odd == "pipe":
-        os.mkfifo(path)
-    elif odd == "link":
-        path.symlink_to(tmp_path / "moonlet" / ledger.file_name(1))
-    else:
-        path.touch()
-        os.truncate(path, 1 << 40)
-    with pytest.raises(RunError, match="N0403"):
-        ledger.read(path, step=2, run="moonlet")
-    with pytest.raises(RunError, match="N0403"):
-        reader.read_rows(tmp_path / "moonlet")
-
-
-def rewritten(path, column, values):
-    """Puts a whole file with other values in one column in its place."""
-    table = pq.read_table(path)
-    at = table.schema.get_field_index(column)
-    pq.write_table(table.set_column(at, table.schema.field(column), values), path, write_page_checksum=True)
-
-
-@pytest.mark.parametrize("column", ["name", "label", "lineage", "run"])
-def test_text_that_is_no_utf8_is_damage(tmp_path, column):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    content = pa.array([b"\xc3("] * len(expected(1)), pa.binary())
-    rewritten(path, column, pa.StringArray.from_buffers(len(content), *content.buffers()[1:]))
-    with pytest.raises(RunError, match="N0403"):
-        ledger.read(path, step=1, run="moonlet")
-
-
-@pytest.mark.parametrize(
-    ("column", "value", "what"),
-    [
-        ("lineage", "another", "2 values of lineage"), ("attempt", 7, "2 values of attempt"),
-        ("tokens_seen", 5, "2 values of tokens_seen"), ("time_ns", 5, "2 values of time_ns"),
-    ],
-)  # fmt: skip
-def test_rows_of_two_origins_are_damage(tmp_path, column, value, what):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    values = pq.read_table(path).column(column).to_pylist()
-    rewritten(path, column, pa.array([*values[:-1], value], ledger.COLUMNS.field(column).type))
-    with pytest.raises(RunError, match=f"N0403.*{what}"):
-        ledger.read(path, step=1, run="moonlet")
-
-
-def test_an_attempt_before_the_first_is_damage(tmp_path):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    rewritten(path, "attempt", pa.array([-1] * len(expected(1)), pa.int32()))
-    with pytest.raises(RunError, match=r"N0403.*attempt -1"):
-        ledger.read(path, step=1, run="moonlet")
-
-
-def test_a_small_file_that_unpacks_to_more_than_a_step_may_have_is_damage(tmp_path, monkeypatch):
-    """One text, named once in a dictionary and told a thousand times."""
-    monkeypatch.setattr(ledger, "LARGEST", 1 << 20)
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    row = pq.read_table(path).slice(0, 1)
-    table = pa.concat_tables([row] * 1000)
-    at = table.schema.get_field_index("label")
-    long = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array(["a" * 4096]))
-    field = pa.field("label", long.type)
-    pq.write_table(table.set_column(at, field, long), path, store_schema=False, write_page_checksum=True)
-    assert path.stat().st_size < 20_000
-    with pytest.raises(RunError, match=r"N0403.*unpacks to more than"):
-        ledger.read(path, step=1, run="moonlet")
-
-
 def test_metrics_do_not_depend_on_when_they_are_written(tmp_path):
     """The same rows give the same bytes, so a ledger can be compared by digest."""
     digests = set()
@@ -442,20 +262,3 @@ def test_metrics_do_not_depend_on_when_they_are_written(tmp_path):
             fill(into, 1)
         digests.add(hashlib.sha256((tmp_path / name / "moonlet" / ledger.file_name(1)).read_bytes()).hexdigest())
     assert len(digests) == 1
-
-
-def test_rows_twice_or_none_are_damage(tmp_path):
-    with opened(tmp_path) as into:
-        fill(into, 1)
-    path = tmp_path / "moonlet" / ledger.file_name(1)
-    table = ledger.read(path, step=1, run="moonlet")
-    for bad, what in (
-        (pa.concat_tables([table, table.slice(2, 1)]), "has a row twice"),
-        (table.slice(0, 0), "has no rows"),
-    ):
-        path.write_bytes(ledger.encode(bad))
-        with pytest.raises(RunError, match=f"N0403.*{what}"):
-            ledger.verify(tmp_path / "moonlet")
-    pq.write_table(table.drop(["value"]), path)
-    with pytest.raises(RunError, match=r"N0403.*other columns"):
-        ledger.verify(tmp_path / "moonlet")

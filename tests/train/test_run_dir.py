@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import attrs
 import pytest
@@ -19,20 +18,7 @@ from nmoe.plan.resolve import resolve
 from nmoe.report.run import read_plan
 from nmoe.train import events, run_lock
 from nmoe.train.run_dir import RunDir
-
-CONFIG = Path(__file__).parents[2] / "configs" / "debug.toml"
-
-
-def plan_for(path, *sets):
-    return resolve(CONFIG, [f"output.run_dir={json.dumps(str(path))}", *sets])
-
-
-def open_run(path, *sets):
-    return RunDir.open(plan_for(path, *sets), config_text=CONFIG.read_text())
-
-
-def history(path):
-    return [event["event"] for event in events.read(path).events]
+from tests.train.directories import CONFIG, history, open_run, plan_for
 
 
 def test_a_new_run_holds_what_it_was_asked_to_do(tmp_path):
@@ -151,63 +137,6 @@ def test_a_damaged_plan_is_made_again_as_the_help_says(tmp_path, capsys, how):
     path.write_text(capsys.readouterr().out)
     with open_run(tmp_path / "run") as run:
         assert run.attempt == 2
-
-
-def event(name, attempt, **fields):
-    return {"event": name, "attempt": attempt, "lineage": "x", **fields}
-
-
-def start(attempt):
-    return event("start", attempt)
-
-
-def stop(attempt, step):
-    return event("stop", attempt, step=step)
-
-
-def saving(attempt, step):
-    return event("saving", attempt, step=step)
-
-
-@pytest.mark.parametrize(
-    ("history", "saved"),
-    [
-        ([start(1)], 0),
-        ([start(1), saving(1, 2)], 0),  # it may have been killed before that was whole
-        ([start(1), saving(1, 2), saving(1, 4)], 2),
-        ([start(1), saving(1, 2), start(2), saving(2, 2)], 0),
-        ([start(1), saving(1, 2), saving(1, 4), stop(1, 4)], 4),
-        ([start(1), saving(1, 2), stop(1, 2), start(2), saving(2, 4)], 2),
-        ([start(1), saving(1, 2), saving(1, 4), stop(1, 4), event("rewind", 1, step=2)], 2),
-        ([start(1), stop(1, 0)], 0),
-    ],
-)
-def test_what_the_events_prove_to_have_been_saved(history, saved):
-    assert events.Past(lineage="x", attempt=1, events=tuple(history)).saved == saved
-
-
-@pytest.mark.parametrize("step", [None, "3", 3.0, True])
-def test_an_event_that_lacks_its_step_is_refused(tmp_path, step):
-    with open_run(tmp_path / "run") as run:
-        run.event("stop", **({} if step is None else {"step": step}))
-    with pytest.raises(RunError, match=r"N0316.*line 2") as caught:
-        open_run(tmp_path / "run")
-    assert "remove the line" in caught.value.render()
-
-
-@pytest.mark.parametrize("head", [None, Head(step=0, manifest=None), Head(step=2, manifest="a" * 64)])
-def test_a_run_never_goes_back_in_silence(tmp_path, head):
-    """Its events tell of a checkpoint of step 4: an older HEAD, one that names nothing, or none is refused."""
-    with open_run(tmp_path / "run") as run:
-        run.event("stop", step=4, signal=None)
-        run.checkpoints.mkdir()
-        if head is not None:
-            (run.checkpoints / "HEAD").write_bytes(head.encode())
-    with pytest.raises(RunError, match=r"N0314.*`HEAD` .*tell that step 4 has been saved") as caught:
-        open_run(tmp_path / "run")
-    assert f"nmoe verify {tmp_path / 'run'} --rewind goes on openly" in caught.value.render()
-    with pytest.raises(RunError, match="N0314"):
-        open_run(tmp_path / "run")
 
 
 def test_a_directory_that_was_killed_while_it_was_made_is_made_again(tmp_path, monkeypatch):
@@ -361,56 +290,6 @@ def test_a_start_that_fails_leaves_its_reason_in_the_run_that_it_owns(tmp_path, 
     assert not (tmp_path / "run" / "error.json").exists()
 
 
-@pytest.mark.parametrize("torn", [b'{"time": "2026', b"{", b'{"event": "x", "note": "\xc3', b"\0\0\0"])
-def test_a_torn_last_line_is_cut_off_openly(tmp_path, torn):
-    open_run(tmp_path / "run").close()
-    path = tmp_path / "run" / "events.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole + torn)
-    with open_run(tmp_path / "run") as run:
-        assert run.attempt == 2
-    assert path.read_bytes().startswith(whole + b'{"time"')
-    repair = events.read(tmp_path / "run").events[-1]
-    assert (repair["event"], repair["removed"]) == ("repair", torn.decode(errors="replace"))
-
-
-@pytest.mark.parametrize("line", [b"{", b"[]", b'{"event": "x"}', b'{"event": 1, "lineage": "l", "attempt": 1}'])
-def test_a_broken_line_in_the_middle_is_no_tear(tmp_path, line):
-    open_run(tmp_path / "run").close()
-    path = tmp_path / "run" / "events.jsonl"
-    path.write_bytes(line + b"\n" + path.read_bytes())
-    with pytest.raises(RunError, match=r"N0316.*line 1 of"):
-        open_run(tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("attempt", 0), ("attempt", 2**31 - 1), ("attempt", True), ("attempt", "1"), ("lineage", "a" * 31),
-        ("lineage", "\ud800" * 32), ("lineage", "A" * 32), ("event", None), ("time", 1), ("step", -1), ("step", "3"),
-        ("step", None), ("note", float("nan")), ("note", "\ud800"),
-    ],
-)  # fmt: skip
-def test_an_event_that_no_writer_leaves_is_refused(tmp_path, key, value):
-    open_run(tmp_path / "run").close()
-    path = tmp_path / "run" / "events.jsonl"
-    event = json.loads(path.read_bytes().splitlines()[0]) | {"event": "saving", "step": 1}
-    path.write_text(json.dumps(event) + "\n")
-    assert events.read(tmp_path / "run").attempt == 1
-    path.write_text(json.dumps(event | {key: value}) + "\n")
-    with pytest.raises(RunError, match=r"N0316.*line 1 of"):
-        open_run(tmp_path / "run")
-
-
-def test_a_stop_without_its_step_is_refused(tmp_path):
-    open_run(tmp_path / "run").close()
-    path = tmp_path / "run" / "events.jsonl"
-    event = json.loads(path.read_bytes().splitlines()[0]) | {"event": "stop"}
-    path.write_text(json.dumps(event) + "\n")
-    with pytest.raises(RunError, match=r"N0316.*a step is a count"):
-        open_run(tmp_path / "run")
-
-
 @pytest.mark.parametrize("text", ['{"x": "a", "x": "b", ', '{"x": NaN, ', '{"x": 1e999, ', '{"x": "\\ud800", '])
 def test_a_plan_that_two_readers_could_read_differently_is_refused(tmp_path, text):
     open_run(tmp_path / "run").close()
@@ -420,20 +299,7 @@ def test_a_plan_that_two_readers_could_read_differently_is_refused(tmp_path, tex
         open_run(tmp_path / "run")
 
 
-def test_an_event_is_one_durable_line(tmp_path, monkeypatch):
-    synced = []
-    with open_run(tmp_path / "run") as run:
-        monkeypatch.setattr(os, "fsync", lambda number: synced.append(str(Path(f"/proc/self/fd/{number}").readlink())))
-        run.event("note", text="two\nlines", value=0.1)
-        assert synced == [str(run.path / "events.jsonl")]
-        last = events.read(run.path).events[-1]
-        assert (last["text"], last["value"], last["attempt"], last["lineage"]) == ("two\nlines", 0.1, 1, run.lineage)
-        with pytest.raises(ValueError, match="Out of range float"):
-            run.event("note", value=float("nan"))
-
-
 def test_complete_is_what_head_says(tmp_path):
-    from nmoe.checkpoint.manifest import Head
 
     with open_run(tmp_path / "run") as run:
         assert not run.is_complete(4)
