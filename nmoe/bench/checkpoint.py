@@ -3,7 +3,8 @@
 With the writer of a run the whole state of CONFIG is saved, after three steps of it; or, with --parameters, a state of
 P parameters that no model has: for each a bf16 master and two bf16 moments, in tensors of 2048 columns, on the CPU.
 
-    held  ours             for which `save` holds the steps up: the copy, and whatever else it does
+    held  ours             for which `save` holds the steps up: the copy, and whatever else it does; on a GPU, where the
+                           copy runs beside the next step, by how much the two together take longer than a step
           a training step  the mean of several; for CONFIG alone
     save  ours             from the call until HEAD names the checkpoint; but for `held` in threads beside the training
           unhashed         the same by the same writer, but for the names of objects, which are hashes of a count and
@@ -13,8 +14,8 @@ P parameters that no model has: for each a bf16 master and two bf16 moments, in 
 The two kinds of save take turns, now one first and now the other, a file after each two; between two saves every slice
 of the state changes, so none is kept from the save before. Each figure is the median of the repeats, the first not
 among them; of those of `save` the lowest and the highest are told too, as a disk that others use is not the same twice.
-Nothing trains meanwhile. Hashing takes cores, where writing waits for the disk: a machine whose cores are busy shows
-more of it.
+On a CPU nothing trains meanwhile. Hashing takes cores, where writing waits for the disk: a machine whose cores are busy
+shows more of it.
 
 The directory has to lie on the disk that is to be measured, and gets room for three states; what is written into it is
 removed.
@@ -26,7 +27,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import attrs
@@ -39,7 +41,7 @@ from nmoe.checkpoint import disk
 from nmoe.checkpoint.manifest import Identity
 from nmoe.checkpoint.objects import Address, sha256
 from nmoe.checkpoint.writer import CheckpointWriter
-from nmoe.graph import build
+from nmoe.graph import TrainingGraph, build
 from nmoe.part import Part
 from nmoe.plan.plan import Plan
 from nmoe.rdep.control import Control
@@ -70,9 +72,16 @@ HELD, SAVE, UNHASHED, FILE = ("held", "ours"), ("save", "ours"), ("save", "unhas
 
 
 def measure(
-    parts: Mapping[str, Part], repeats: int, threads: int, below: Path | None
+    parts: Mapping[str, Part],
+    repeats: int,
+    threads: int,
+    below: Path | None,
+    beside: Callable[[Callable[[], None]], float] | None = None,
 ) -> dict[tuple[str, str], list[float]]:
-    """Seconds of each repeat by part and who; `parts` are the state, on any device."""
+    """Seconds of each repeat by part and who; `parts` are the state, on any device.
+
+    beside: trains a step, which calls what it is given before its update; by how many seconds it took too long.
+    """
     times: dict[tuple[str, str], list[float]] = {name: [] for name in (HELD, SAVE, UNHASHED, FILE)}
     count = itertools.count()
     with tempfile.TemporaryDirectory(dir=below, prefix="nmoe-bench-") as name:
@@ -88,12 +97,26 @@ def measure(
             writer.address = ways[way]
             started = time.perf_counter()
             writer.save(step=step, tensors=parts, state={}, identity=IDENTITY)
-            times[HELD].append(time.perf_counter() - started)
+            held = time.perf_counter() - started
+            times[HELD].append(held if beside is None else held + beside(writer.before_change))
             writer.wait()
             times[way].append(time.perf_counter() - started)
             if step % 2 == 0:
                 times[FILE].append(one_file(Path(name) / "file", parts))
     return {name: found[1:] for name, found in times.items()}
+
+
+def longer(
+    graph: TrainingGraph, plan: Plan, usual: float, numbers: Iterator[int], before_change: Callable[[], None]
+) -> float:
+    """Seconds more than usual that the next step takes."""
+
+    def observe(step: int, phase: str) -> None:
+        if phase == "optimizer":
+            before_change()
+
+    step = next(numbers)
+    return take(graph, plan, range(step, step + 1), False, observe) - usual
 
 
 def one_file(path: Path, parts: Mapping[str, Part]) -> float:
@@ -128,7 +151,7 @@ def rows(
     plan: Plan | None, *, parameters: int, steps: int, repeats: int, threads: int, directory: Path | None
 ) -> Iterator[Row]:
     """See the module; parameters: where there is no plan. Raises what a training of the plan would."""
-    step_seconds = None
+    step_seconds, beside = None, None
     if plan is None:
         platform.require("cpu", threads=1)
         case, parts = f"{parameters:,} parameters", state_of(parameters)
@@ -139,7 +162,9 @@ def rows(
         case, parts = plan.name, graph.kept()
         take(graph, plan, range(1, 4), text=False)
         step_seconds = take(graph, plan, range(4, 4 + steps), text=False) / steps
-    size, times = size_of(parts), measure(parts, repeats, threads, directory)
+        if graph.device.type != "cpu":
+            beside = partial(longer, graph, plan, step_seconds, itertools.count(4 + steps))
+    size, times = size_of(parts), measure(parts, repeats, threads, directory, beside)
     medians = {key: statistics.median(found) for key, found in times.items()}
 
     def row(key: tuple[str, str], seconds: float, note: str = "") -> Row:

@@ -41,7 +41,7 @@ from nmoe.plan.plan import Plan
 from nmoe.rdep.peers import Peers
 from nmoe.train.launch import launched, require_ranks
 from nmoe.train.loop import require_runnable
-from nmoe.train.step import run_step
+from nmoe.train.step import Observer, run_step
 
 WARM_UP = 3
 SHOWN = 40
@@ -59,14 +59,18 @@ def even_batch(plan: Plan, step: int) -> TokenBatch:
     )  # fmt: skip
 
 
-def take(graph: TrainingGraph, plan: Plan, steps: range, text: bool) -> float:
+def untold(step: int, phase: str) -> None:
+    """Observes nothing."""
+
+
+def take(graph: TrainingGraph, plan: Plan, steps: range, text: bool, observe: Observer = untold) -> float:
     """Steps as the loop takes them, with their batches at hand; seconds until the device has done them."""
     batches = [graph.loader.batch(step) if text else even_batch(plan, step) for step in steps]
     wait(graph)
     started = time.perf_counter()
     for step, batch in zip(steps, batches, strict=True):
         seen = step * plan.tokens_per_step
-        run_step(graph, batch, step=step, tokens_seen=seen, observe=lambda step, phase: None)
+        run_step(graph, batch, step=step, tokens_seen=seen, observe=observe)
         for _, router in graph.routers():
             router.end_step(seen)
     wait(graph)

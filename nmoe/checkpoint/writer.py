@@ -1,6 +1,7 @@
 """Saving while training goes on: a copy now, hashing and writing in the background, all ranks together.
 
-`save` copies the parts of tensors that this rank owns and returns; a thread then does, in this order,
+`save` copies the parts of tensors that this rank owns and returns. From a GPU they are copied beside the next step,
+whose update of them waits for that (`before_change`). A thread then does, in this order,
 
     1. begin      all ranks compare what they are about to save (step, counters, HEAD), and the room it needs
     2. objects    each slice into a temporary file, fsync, and its SHA-256 meanwhile; rename to that, in the
@@ -22,6 +23,7 @@ HEAD always among them. A step ahead of HEAD, which a kill or a rewind left behi
 """
 
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -92,6 +94,7 @@ class CheckpointWriter:
         # Not by process and host: containers repeat both, and a former attempt's rank may still be hanging on its disk.
         self._owner = f"{control.rank}.{secrets.token_hex(8)}"
         self._buffers: dict[str, Part] = {}
+        self._copies: dict[torch.device, torch.cuda.Event] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._saved: Saved | None = None
@@ -137,11 +140,11 @@ class CheckpointWriter:
         """Copies the state of the finished step `step` and starts to write it; waits for the save before.
 
         tensors: what this rank owns of each, by logical name; any device, any strides. Over all ranks every
-        slice of every tensor exactly once. state: the training's counters, JSON without floats, the same on
-        all ranks. identity, before_head: rank 0's count; before_head runs in its writing thread, when all but
-        HEAD is durable. RunError if the step is not beyond HEAD's, or if the save before has failed;
-        ValueError for names, dtypes and values that no manifest can hold, and for parts that do not begin
-        and end where slices do (nmoe.slices).
+        slice of every tensor exactly once. Those on a GPU have to stay as they are until `before_change`.
+        state: the training's counters, JSON without floats, the same on all ranks. identity, before_head: rank
+        0's count; before_head runs in its writing thread, when all but HEAD is durable.
+        RunError if the step is not beyond HEAD's, or if the save before has failed; ValueError for names, dtypes
+        and values that no manifest can hold, and for parts that do not begin and end where slices do (nmoe.slices).
         What the ranks find only together is raised by `wait`, on all of them: RunError N0308 if there is not
         room, N0320 if a slice is missing or there twice, N0321 if they do not save the same.
         """
@@ -161,6 +164,11 @@ class CheckpointWriter:
             target=self._run, args=(step, now, _room(spans, tensors), identity, parent, before_head), name="checkpoint"
         )
         self._thread.start()
+
+    def before_change(self) -> None:
+        """To be called before what the last `save` was given is changed: the current streams then wait for the copy."""
+        for device, copied in self._copies.items():
+            torch.cuda.current_stream(device).wait_event(copied)
 
     def prepare(self, tensors: Mapping[str, Part]) -> None:
         """Sees to the room that saves of such `tensors` need: on the disk, and in memory for the copy.
@@ -213,19 +221,22 @@ class CheckpointWriter:
         return self._saved
 
     def _snapshot(self, tensors: Mapping[str, Part]) -> None:
-        """Copies into buffers that are kept from save to save."""
+        """Copies into buffers that are kept from save to save; from a GPU, its stream of copies does."""
+        devices = {part.tensor.device for part in tensors.values() if part.tensor.is_cuda}
+        streams = {device: _copying(device) for device in devices}
+        for device, stream in streams.items():
+            stream.wait_stream(torch.cuda.current_stream(device))
         buffers: dict[str, Part] = {}
-        devices = set()
         with torch.no_grad():
             for name, part in tensors.items():
-                tensor = part.tensor.detach()
-                buffer = self._buffer(name, part)
-                buffer.copy_(tensor, non_blocking=tensor.is_cuda)
-                if tensor.is_cuda:
-                    devices.add(tensor.device)
+                tensor, buffer = part.tensor.detach(), self._buffer(name, part)
+                with torch.cuda.stream(streams.get(tensor.device)):
+                    buffer.copy_(tensor, non_blocking=tensor.is_cuda)
                 buffers[name] = Part(buffer, part.start, part.shape)
-        for device in devices:
-            torch.cuda.current_stream(device).synchronize()
+        self._copies = {}
+        for device, stream in streams.items():
+            # The thread that waits for it sleeps meanwhile.
+            self._copies[device] = stream.record_event(torch.cuda.Event(blocking=True))
         self._buffers = buffers
 
     def _buffer(self, name: str, part: Part) -> torch.Tensor:
@@ -299,6 +310,8 @@ class CheckpointWriter:
             return shutil.disk_usage(self.directory).free
 
     def _store(self) -> list[Any]:
+        for copied in self._copies.values():
+            copied.synchronize()
         stored = store(
             self.directory, self._buffers, threads=self.threads, owner=self._owner, alive=self._control.alive,
             address=self.address,
@@ -364,6 +377,11 @@ class CheckpointWriter:
         disk.write_synced(temporary, content)
         disk.rename(temporary, path)
         disk.sync_directory(path.parent)
+
+
+@functools.cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _room(spans: Spans, tensors: Mapping[str, Part]) -> int:

@@ -62,7 +62,7 @@ LIST = (
     _metric("time/device", "s", "of the step before, a part that the label names, on rank 0's device", "label"),
     _metric("time/repeated", "s", "passes that were repeated, their experts' activations having had no room; else 0"),
     _metric("time/evaluation", "s", "one evaluation", "label"),
-    _metric("time/checkpoint", "s", "training held up by the last checkpoint"),
+    _metric("time/checkpoint", "s", "host held up by the last checkpoint; a GPU's copy runs beside the next step"),
     _metric("memory/resident", "bytes", "resident memory of a rank's process", "rank"),
     _metric("memory/resident_peak", "bytes", "largest resident memory of a rank's process so far", "rank"),
     _metric("memory/device", "bytes", "device memory in use by a rank's tensors", "rank"),

@@ -265,6 +265,12 @@ class Attempt:
         device = platform.device_facts(self.plan.config.platform.target).get("name")
         flops = self.plan.flops_per_token * tokens / self.control.ranks
         at_peak = seconds_at_peak(flops, device, self.plan.config.model.dtype)
+
+        def observe(step: int, phase: str) -> None:
+            if phase == "optimizer":  # the last save's copy may still read what it writes
+                self.writer.before_change()
+            tracer.observe(step, phase)
+
         if not is_last:
             self.writer.prepare(self.graph.kept())
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
@@ -274,10 +280,10 @@ class Attempt:
                 started = time.perf_counter()
                 seen = self.state.tokens_seen + tokens
                 with tracer.of(step):
-                    tracer.observe(step, "batch")
+                    observe(step, "batch")
                     batch = prefetch.next()
                     loaded = time.perf_counter()
-                    result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=tracer.observe)
+                    result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=observe)
                 on_device, marks = {} if marks is None else marks.seconds(), result.marks
                 self._say_what_was_recorded()
                 self._look_for_repetition(step, result)
