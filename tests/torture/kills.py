@@ -32,7 +32,8 @@ MORE = {
         (*FOUR, *FP32, 'model.attention.kind="gqa"', "model.attention.num_kv_heads=1", "model.attention.head_dim=8",
          "model.attention.num_heads=4", "output.prefetch=0"), (2, 4), ""),
     "six sequences, untied, rows of metrics every 3 steps": (
-        (*SIX, "model.tie_embeddings=false", "output.metrics_every=3", "output.prefetch=16"), (2, 3, 6), ""),
+        (*SIX, "model.moe.router.num_experts=6", "model.tie_embeddings=false", "output.metrics_every=3",
+         "output.prefetch=16"), (2, 3, 6), ""),
 }  # fmt: skip
 ALL = {**CONFIGS, **MORE}
 
@@ -42,13 +43,17 @@ def batches(sample: bool) -> list[Batch]:
     return [Batch(name, partial(_cut, name, kills, sample)) for name, kills in wanted.items()]
 
 
+def config_of(name: str) -> Path:
+    return TINY.with_name("dense.toml") if name == DENSE else TINY
+
+
 def _cut(name: str, kills: int, sample: bool, directory: Path) -> Tally:
     sets, others, odd = ALL[name]
     draws, counts = random.Random(f"kills: {name}"), (1, *others)
     keys = (*sets, f"output.stop_after_step={STEPS}", "eval.bpb.every_tokens=192", "eval.bpb.max_tokens=64")
     if name == MIXTURE:
         keys = (*keys, *_mixture(directory))
-    runs = Trainings(directory, *keys, config=TINY.with_name("dense.toml") if name == DENSE else TINY, odd=odd)
+    runs = Trainings(directory, *keys, config=config_of(name), odd=odd)
     runs.straight("straight")
     wanted = runs.left("straight")
     lost, landed, number, landed_by = [], 0, 0, {}
