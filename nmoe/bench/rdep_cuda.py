@@ -15,8 +15,11 @@ and returns. --vdev times torch's all_to_all_vdev alone: NVSHMEM wants a process
 """
 
 import functools
+import json
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,24 +97,34 @@ def sent(several: CudaTransport, indices_TK: Tensor, places: Places) -> dict[str
 
 
 def host_waits(call: Callable[[], object]) -> list[str]:
-    """The names of calls that waited for the device, or copied to or from the host, before a trace's last launch.
-
-    Of the threads that launch: NCCL's watchdog asks for its events ten times a second whatever happens.
-    """
+    """`waits_of` a trace of 20 calls."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=kinds) as profile:
         for _ in range(20):
             call()
-    launches = [event for event in profile.events() if "LaunchKernel" in event.name]
-    if len(launches) < 20 * 10:
-        return [f"the trace has {len(launches)} launches only"]
-    last, threads = max(event.time_range.start for event in launches), {event.thread for event in launches}
-    words = ("Synchronize", "DtoH", "HtoD", "cudaEventQuery")
-    return [
-        event.name
-        for event in profile.events()
-        if event.time_range.start < last and event.thread in threads and any(word in event.name for word in words)
+    with tempfile.TemporaryDirectory(prefix="nmoe-bench-") as name:
+        path = Path(name) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    launches = sum("LaunchKernel" in event.get("name", "") for event in events)
+    return waits_of(events) if launches >= 20 * 10 else [f"the trace has {launches} launches only"]
+
+
+def waits_of(events: list[dict[str, Any]]) -> list[str]:
+    """The names of calls that waited for the device, and of copies from or to the host, before a trace's last launch.
+
+    Of the threads that launch, as the system numbers them: NCCL's watchdog asks for its events whatever happens.
+    """
+    calls = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
+    launches = [event for event in calls if "LaunchKernel" in event["name"]]
+    last, threads = max(event["ts"] for event in launches), {event["tid"] for event in launches}
+    waiting = [
+        call
+        for call in calls
+        if call["tid"] in threads and any(word in call["name"] for word in ("Synchronize", "EventQuery"))
     ]
+    copies = [event for event in events if event.get("cat") == "gpu_memcpy" and "DtoD" not in event["name"]]
+    return [event["name"] for event in waiting + copies if event["ts"] < last]
 
 
 def experts_of(count: int, device: torch.device) -> Bf16Experts:
