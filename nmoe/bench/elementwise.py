@@ -18,11 +18,12 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from nmoe.bench.clock import milliseconds
-from nmoe.bench.elementwise_case import Case, Peer
+from nmoe.bench.elementwise_case import Case, Part, Peer
 from nmoe.bench.elementwise_layers import keys_case, norm_case, rope_case, swiglu_case
 from nmoe.bench.elementwise_step import adamw_case, loss_case, schulz_case, squares_case
 from nmoe.bench.moe import digest, error
@@ -152,33 +153,40 @@ def timed(call: Callable[[], object]) -> tuple[float, bool]:
     return cold_milliseconds(graph.replay), True
 
 
-def time_peer(peer: Peer, function: Callable) -> tuple[float, bool]:
-    """As `timed`, of the function or its gradient."""
-    if peer.given is None:
-        return timed(partial(function, *peer.leaves))
-    made = function(*peer.leaves)
-    return timed(partial(torch.autograd.grad, made, peer.leaves, peer.given, retain_graph=True))
+def peer_calls(part: Part) -> dict[str, Callable[[], object]]:
+    """Calls of a part's peers, or of their gradients, by name; those that compile, compiled too."""
+    calls: dict[str, Callable[[], object]] = {}
+    for who, peer in part.peers.items():
+        calls[who] = peer_call(peer, peer.function)
+        if peer.compiles:
+            calls[f"{who} compiled"] = peer_call(peer, torch.compile(peer.function, dynamic=False))
+    return calls
+
+
+def peer_call(peer: Peer, function: Callable) -> Callable[[], object]:
+    """A gradient's forward is done when it is first called."""
+    made: list[Any] = []
+
+    def gradient() -> object:
+        if not made:
+            made.append(function(*peer.leaves))
+        return torch.autograd.grad(made[0], peer.leaves, peer.given, retain_graph=True)
+
+    return partial(function, *peer.leaves) if peer.given is None else gradient
 
 
 def time_case(name: str, case: Case, copy: float, dense: float, peers: bool) -> list[dict]:
     """Ours beside the floor and the peers. copy: bytes/ms read and written. dense: FLOPs/ms."""
     report = []
-    compiled: dict[Callable, Callable] = {}
     for part in case.parts():
         ms, captured = timed(part.call)
         floor = part.bytes / copy + part.flops / dense
         row: dict = {"case": name, "part": part.name, "ms": ms, "floor": floor, "GB/s": part.bytes / ms / 1e6,
                      "TFLOP/s": part.flops / ms / 1e9}  # fmt: skip
         calls = [] if captured else ["ours"]
-        for who, peer in part.peers.items() if peers else ():
-            functions = {who: peer.function}
-            if peer.compiles:
-                if peer.function not in compiled:
-                    compiled[peer.function] = torch.compile(peer.function, dynamic=False)
-                functions[f"{who} compiled"] = compiled[peer.function]
-            for label, function in functions.items():
-                row[label], captured = time_peer(peer, function)
-                calls += [] if captured else [label]
+        for label, call in (peer_calls(part) if peers else {}).items():
+            row[label], captured = timed(call)
+            calls += [] if captured else [label]
         if calls:
             row["timed as calls"] = calls
         report.append(row)

@@ -212,6 +212,23 @@ def step(
     yield from step.rows(with_data(plan), steps=steps, text=text, trace=trace, compile=compile)
 
 
+@command.command("repeatability", epilog=EPILOG)
+@config_argument
+@click.option("--steps", type=click.IntRange(min=1), default=8, show_default=True, help="Steps after three to warm up.")
+@compile_option
+@sets_option
+@shown
+def repeatability(config: str, sets: tuple[str, ...], steps: int, compile: bool) -> Iterator[Row]:
+    """What CONFIG's step would save on a GPU if each part were the fastest here, whether its bits repeat or not."""
+    plan = resolved(config, sets)
+    if plan.config.platform.target == "cpu":
+        raise click.UsageError(f"{config} is for CPUs; this subject has parts of a GPU's step alone")
+    from nmoe.bench import repeatability
+    from nmoe.bench.memory import with_data
+
+    yield from repeatability.rows(with_data(plan), steps=steps, compile=compile)
+
+
 @command.command("loader", epilog=EPILOG)
 @config_argument
 @repeats_option
