@@ -36,7 +36,7 @@ import torch
 
 from nmoe import platform
 from nmoe.bench.rows import Row
-from nmoe.bench.step import take
+from nmoe.bench.training import take
 from nmoe.checkpoint import disk
 from nmoe.checkpoint.manifest import Identity
 from nmoe.checkpoint.objects import Address, sha256

@@ -10,14 +10,13 @@ WHO: `ours`, or a peer of `stock_steps`. The driver (`Contender`) lets them take
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nmoe import platform
+from nmoe.bench.memory import with_data
+from nmoe.bench.training import even_batch, spent, stock_steps, take
 from nmoe.errors import NmoeError, fail
+from nmoe.graph import build
 from nmoe.plan.resolve import resolve
-
-if TYPE_CHECKING:
-    from nmoe.plan.plan import Plan
 
 OURS = "ours"
 
@@ -53,11 +52,7 @@ class Contender:
 
 def main(config: str, who: str, text: bool) -> None:
     """Steps until stdin ends."""
-    from nmoe.bench.memory import with_data
-    from nmoe.bench.step import even_batch, spent, stock_steps, take
-    from nmoe.graph import build
-
-    plan: Plan = with_data(resolve(config))
+    plan = with_data(resolve(config))
     platform.require(plan.config.platform.target, plan.config.platform.threads)
     graph = build(plan)
     loader, device = graph.loader, graph.device

@@ -19,7 +19,7 @@ import torch
 
 from nmoe.bench.clock import device_for, measure
 from nmoe.bench.rows import Row
-from nmoe.bench.step import take
+from nmoe.bench.training import take
 from nmoe.graph import build
 from nmoe.plan.plan import Plan
 from nmoe.train.loop import require_runnable

@@ -32,7 +32,7 @@ from nmoe.bench.elementwise_case import DEVICE, Case, normals
 from nmoe.bench.elementwise_layers import keys_case, norm_case, rope_case, swiglu_case
 from nmoe.bench.elementwise_step import adamw_case, loss_case, schulz_case, squares_case
 from nmoe.bench.rows import Row
-from nmoe.bench.step import WARM_UP, take
+from nmoe.bench.training import WARM_UP, take
 from nmoe.graph import TrainingGraph, build
 from nmoe.model.gqa import Gqa
 from nmoe.model.linear import Embedding, Head

@@ -21,9 +21,8 @@ so for as many tokens on each rank `--set batch.sequences=` takes as many times 
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,53 +32,17 @@ from torch.profiler import ProfilerActivity, profile
 from nmoe import platform
 from nmoe.bench.clock import milliseconds
 from nmoe.bench.contender import OURS, Contender
-from nmoe.bench.peers import WAYS, StockStep, difference, is_installed
+from nmoe.bench.peers import StockStep, difference
 from nmoe.bench.rows import Row
-from nmoe.data.loader import TokenBatch
-from nmoe.graph import TrainingGraph, build
+from nmoe.bench.training import WARM_UP, even_batch, spent, stock_steps, take
+from nmoe.graph import build
 from nmoe.plan.plan import Plan
 from nmoe.rdep.peers import Peers
 from nmoe.train.launch import launched, require_ranks
 from nmoe.train.loop import require_runnable
-from nmoe.train.step import Observer, run_step
 
-WARM_UP = 3
 SHOWN = 40
 """Kernels, the longest first."""
-
-
-def even_batch(plan: Plan, step: int) -> TokenBatch:
-    """A step's batch of tokens drawn evenly from the vocabulary, one document a row."""
-    batch, vocab_size = plan.config.batch, plan.config.model.vocab_size
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, vocab_size, (batch.sequences, batch.sequence_length + 1), generator=generator)
-    return TokenBatch(
-        step=step, input_ids_BS=tokens[:, :-1].contiguous(), targets_BS=tokens[:, 1:].contiguous(),
-        document_ids_BS=torch.zeros_like(tokens[:, 1:]), digest=f"{step:064x}", num_bytes=tokens[:, 1:].numel(),
-    )  # fmt: skip
-
-
-def untold(step: int, phase: str) -> None:
-    """Observes nothing."""
-
-
-def take(graph: TrainingGraph, plan: Plan, steps: range, text: bool, observe: Observer = untold) -> float:
-    """Steps as the loop takes them, with their batches at hand; seconds until the device has done them."""
-    batches = [graph.loader.batch(step) if text else even_batch(plan, step) for step in steps]
-    wait(graph)
-    started = time.perf_counter()
-    for step, batch in zip(steps, batches, strict=True):
-        seen = step * plan.tokens_per_step
-        run_step(graph, batch, step=step, tokens_seen=seen, observe=observe)
-        for _, router in graph.routers():
-            router.end_step(seen)
-    wait(graph)
-    return time.perf_counter() - started
-
-
-def wait(graph: TrainingGraph) -> None:
-    if graph.device.type != "cpu":
-        torch.cuda.synchronize()
 
 
 def dense(device: torch.device) -> float:
@@ -89,13 +52,6 @@ def dense(device: torch.device) -> float:
     if device.type != "cpu":
         return 2.0 * size**3 / milliseconds(lambda: torch.mm(a, b.T))
     return 2.0 * size**3 / min(spent(lambda: torch.mm(a, b.T)) for _ in range(7))
-
-
-def spent(call: Callable[[], object]) -> float:
-    """Wall time of a call on a CPU, ms."""
-    started = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - started)
 
 
 def kernels(found: profile) -> tuple[dict[str, tuple[float, int]], float]:
@@ -148,16 +104,6 @@ def row(
 def case_of(plan: Plan, text: bool, ranks: int) -> str:
     tokens = f"{plan.tokens_per_step:,} tokens {'of text' if text else 'drawn evenly'}"
     return f"{plan.name}, {tokens}" + (f", {ranks} ranks" if ranks > 1 else "")
-
-
-def stock_steps(plan: Plan, device: torch.device, *, compile: bool) -> Iterator[tuple[str, Callable[[], StockStep]]]:
-    """(who, how it is made) of the peers of this plan."""
-    if plan.stock_class.name is None or not is_installed():
-        return
-    for way in WAYS:
-        for compiled in (False, True) if compile else (False,):
-            name = f"transformers {way}" + (" compiled" if compiled else "")
-            yield name, partial(StockStep, plan, way, device=device, compile=compiled)
 
 
 def on_a_cpu(plan: Plan, steps: int, text: bool, compile: bool) -> Iterator[Row]:

@@ -6,7 +6,7 @@ import pytest
 
 from nmoe.bench.memory import with_data
 from nmoe.bench.repeatability import works_of
-from nmoe.bench.step import take
+from nmoe.bench.training import take
 from nmoe.cli.main import run
 from nmoe.graph import build
 from nmoe.model import gqa, mla

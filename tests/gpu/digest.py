@@ -15,7 +15,7 @@ import torch
 
 from nmoe import platform
 from nmoe.bench.memory import with_data
-from nmoe.bench.step import even_batch
+from nmoe.bench.training import even_batch
 from nmoe.graph import TrainingGraph, build
 from nmoe.part import Part
 from nmoe.plan.resolve import resolve
