@@ -30,7 +30,7 @@ def _ask(name: str, ranks: int, signals: int, directory: Path) -> Tally:
     draws = random.Random(f"signals: {name}")
     keys = (*SIX, *SOFTMAX) if ranks == 3 else FOUR
     runs = Trainings(directory, *keys, f"output.stop_after_step={STEPS}", "eval.bpb.every_tokens=192",
-                     "eval.bpb.max_tokens=64", "output.checkpoint_every=3")  # fmt: skip
+                     "eval.bpb.max_tokens=64", "output.checkpoint_every=3", "output.progress_every=1")  # fmt: skip
     runs.straight("straight")
     wanted = runs.left("straight")
     lost, obeyed, number = [], 0, 0
@@ -46,7 +46,7 @@ def _ask(name: str, ranks: int, signals: int, directory: Path) -> Tally:
                 break
             obeyed += 1
             name_of = signal.Signals(blow.number).name
-            at_once = ranks == 1 and ended.said == ("interrupted\n",)
+            at_once = ranks == 1 and _before_its_first_step(ended.said[0])
             if ended.codes != (130,) * ranks or not (at_once or f"stopped by {name_of} " in ended.said[0]):
                 lost.append(said)
             elif not at_once and f"after step {runs.head(run)} of" not in ended.said[0] and runs.head(run):
@@ -60,3 +60,9 @@ def _ask(name: str, ranks: int, signals: int, directory: Path) -> Tally:
         difference = first_difference(wanted, runs.left(run))
         lost += [f"{run}: {difference}"] if difference else []
     return Tally(tried=obeyed, lost=tuple(lost), notes={"runs": number})
+
+
+def _before_its_first_step(said: str) -> bool:
+    """Whether a rank says that it has ended at once, and of no step that it has taken one."""
+    *before, last = said.splitlines() or [""]
+    return last == "interrupted" and not any(line.startswith("step ") for line in before)
