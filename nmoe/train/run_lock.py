@@ -67,8 +67,7 @@ def owned(run: Path, purpose: str) -> Iterator[Owner | None]:
     RunError N0311 names the owner that is alive, N0312 one on another host that may be, N0310 a
     file system that has no locks.
     """
-    descriptor = _lock(run)
-    try:
+    with _held(run, _lock(run)):
         before = read_owner(run)
         mine = this_process(purpose)
         if before is not None and not _proven_dead(before, mine):
@@ -82,7 +81,20 @@ def owned(run: Path, purpose: str) -> Iterator[Owner | None]:
         finally:
             disk.remove(run / OWNER)
             disk.sync_directory(run)
-    finally:
+
+
+@contextlib.contextmanager
+def _held(run: Path, descriptor: int) -> Iterator[None]:
+    """Closes the lock after the block. Some file systems fail there; beside the block's own failure that is a note."""
+    try:
+        yield
+    except BaseException as failure:
+        try:
+            os.close(descriptor)
+        except OSError as second:
+            failure.add_note(str(disk.cannot("close", run / LOCK, second)))
+        raise
+    with disk.naming("close", run / LOCK):
         os.close(descriptor)
 
 

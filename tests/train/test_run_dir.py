@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import attrs
 import pytest
@@ -162,6 +163,7 @@ def test_a_directory_that_was_killed_while_it_was_made_is_made_again(tmp_path, m
 # Another process: opens the run, says so, and waits until it is killed or its input is closed.
 HOLDER = """
 import sys
+from pathlib import Path
 from nmoe.plan.resolve import resolve
 from nmoe.train.run_dir import RunDir
 with RunDir.open(resolve(sys.argv[1], [sys.argv[2]]), config_text="") as run:
@@ -206,6 +208,24 @@ def test_an_owner_that_ended_well_is_followed_without_a_word(tmp_path):
 def test_one_process_cannot_own_a_run_twice(tmp_path):
     with open_run(tmp_path / "run"), pytest.raises(RunError, match=f"N0311.*pid {os.getpid()} "):
         open_run(tmp_path / "run")
+
+
+def test_a_lock_that_cannot_be_closed_is_named_and_hides_no_other_failure(tmp_path, monkeypatch):
+    """As on a file system that tells of a failed write when a file is closed."""
+    close = os.close
+
+    def failing(descriptor: int) -> None:
+        is_lock = Path(f"/proc/self/fd/{descriptor}").readlink().name == "lock"
+        close(descriptor)
+        if is_lock:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "close", failing)
+    with pytest.raises(RunError, match="cannot close `lock`"), run_lock.owned(tmp_path, "a test"):
+        pass
+    with pytest.raises(ZeroDivisionError) as found, run_lock.owned(tmp_path, "a test"):
+        raise ZeroDivisionError
+    assert "cannot close `lock`" in found.value.__notes__[0]
 
 
 def test_a_failure_inside_gives_the_run_back(tmp_path):
