@@ -107,16 +107,11 @@ def measure(
 
 
 def longer(
-    graph: TrainingGraph, plan: Plan, usual: float, numbers: Iterator[int], before_change: Callable[[], None]
+    graph: TrainingGraph, plan: Plan, usual: float, numbers: Iterator[int], before_update: Callable[[], None]
 ) -> float:
     """Seconds more than usual that the next step takes."""
-
-    def observe(step: int, phase: str) -> None:
-        if phase == "optimizer":
-            before_change()
-
     step = next(numbers)
-    return take(graph, plan, range(step, step + 1), False, observe) - usual
+    return take(graph, plan, range(step, step + 1), False, before_update) - usual
 
 
 def one_file(path: Path, parts: Mapping[str, Part]) -> float:

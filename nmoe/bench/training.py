@@ -10,7 +10,7 @@ from nmoe.bench.peers import WAYS, StockStep, is_installed
 from nmoe.data.loader import TokenBatch
 from nmoe.graph import TrainingGraph
 from nmoe.plan.plan import Plan
-from nmoe.train.step import Observer, run_step
+from nmoe.train.step import nothing, run_step
 
 WARM_UP = 3
 """Steps before those that are timed."""
@@ -27,18 +27,18 @@ def even_batch(plan: Plan, step: int) -> TokenBatch:
     )  # fmt: skip
 
 
-def untold(step: int, phase: str) -> None:
-    """Observes nothing."""
-
-
-def take(graph: TrainingGraph, plan: Plan, steps: range, text: bool, observe: Observer = untold) -> float:
+def take(
+    graph: TrainingGraph, plan: Plan, steps: range, text: bool, before_update: Callable[[], None] = nothing
+) -> float:
     """Steps as the loop takes them, with their batches at hand; seconds until the device has done them."""
     batches = [graph.loader.batch(step) if text else even_batch(plan, step) for step in steps]
     wait(graph)
     started = time.perf_counter()
     for step, batch in zip(steps, batches, strict=True):
         seen = step * plan.tokens_per_step
-        run_step(graph, batch, step=step, tokens_seen=seen, observe=observe)
+        run_step(
+            graph, batch, step=step, tokens_seen=seen, observe=lambda step, phase: None, before_update=before_update
+        )
         for _, router in graph.routers():
             router.end_step(seen)
     wait(graph)

@@ -156,10 +156,9 @@ class Attempt:
                 raise fail(
                     "N0502",
                     f"rank {rank} has another environment than rank {self.control.rank}, so their bits may differ",
-                    place=str(self.run_dir.path),
+                    place=str(self.run_dir.path), notes=environment.table(differences),
                     help="run all ranks on the same software and the same kind of hardware",
-                    notes=environment.table(differences),
-                )
+                )  # fmt: skip
         return record
 
     def _environment_changes(
@@ -231,12 +230,10 @@ class Attempt:
         # Held-out text cannot change a bit of training; what it was is recorded with each checkpoint.
         if saved.get("train") != now["train"]:
             raise fail(
-                "N0504",
-                "the training data is not what the checkpoint was trained on",
-                place=str(self.run_dir.path),
+                "N0504", "the training data is not what the checkpoint was trained on", place=str(self.run_dir.path),
                 help="restore the data, or start another run in another `run_dir`",
                 notes=(f"then {saved.get('train')}", f"now  {now['train']}"),
-            )
+            )  # fmt: skip
 
     def _restore(self, manifest: Manifest) -> None:
         reader.read_into(self.run_dir.checkpoints, manifest, self.graph.state(), self.control)
@@ -265,12 +262,6 @@ class Attempt:
         device = platform.device_facts(self.plan.config.platform.target).get("name")
         flops = self.plan.flops_per_token * tokens / self.control.ranks
         at_peak = seconds_at_peak(flops, device, self.plan.config.model.dtype)
-
-        def observe(step: int, phase: str) -> None:
-            if phase == "optimizer":  # the last save's copy may still read what it writes
-                self.writer.before_change()
-            tracer.observe(step, phase)
-
         if not is_last:
             self.writer.prepare(self.graph.kept())
         prefetch = Prefetcher(self.graph.loader, depth=self.output.prefetch, first_step=self.state.next_batch)
@@ -280,10 +271,13 @@ class Attempt:
                 started = time.perf_counter()
                 seen = self.state.tokens_seen + tokens
                 with tracer.of(step):
-                    observe(step, "batch")
+                    tracer.observe(step, "batch")
                     batch = prefetch.next()
                     loaded = time.perf_counter()
-                    result = run_step(self.graph, batch, step=step, tokens_seen=seen, observe=observe)
+                    result = run_step(
+                        self.graph, batch, step=step, tokens_seen=seen, observe=tracer.observe,
+                        before_update=self.writer.before_change,
+                    )  # fmt: skip
                 on_device, marks = {} if marks is None else marks.seconds(), result.marks
                 self._say_what_was_recorded()
                 self._look_for_repetition(step, result)

@@ -89,13 +89,18 @@ class Passes:
     marks: Marks
 
 
+def nothing() -> None:
+    """Nobody reads what a step writes."""
+
+
 def run_step(
-    graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen: int, observe: Observer
-) -> StepResult:
+    graph: TrainingGraph, batch: TokenBatch, *, step: int, tokens_seen: int, observe: Observer,
+    before_update: Callable[[], None] = nothing,
+) -> StepResult:  # fmt: skip
     """Train on one batch, which is the whole step's on every rank.
 
     step counts from 1; tokens_seen includes this step. observe(step, phase) is called as each phase
-    begins.
+    begins; before_update() before the first write to what a checkpoint keeps, which another stream may still read.
     Raises RunError N0501 or N0522 if the loss or the gradient is not finite, N0509 or N0510 if the ranks are not alike.
     """
     repeated = 0.0
@@ -131,6 +136,7 @@ def run_step(
 
     before = time.perf_counter()
     observe(step, "optimizer")
+    before_update()
     factor = graph.schedule.scale(tokens_seen)
     graph.optimizer.step(step=step, scale=factor, grad_scale=clip)
     graph.ranks.share()
